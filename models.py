@@ -1,0 +1,464 @@
+"""The networks and the metrics of the paper: everything that two or more scripts share.
+
+    Refiner, Discriminator      section 5.1 and Table 1
+    load_inception              the fixed network of the perceptual loss (Eq 5) and of FID
+    fid, kid, ssim              section 5.2, written by hand: this is where to read them
+    UNet, DeepLabV3Plus         section 5.3
+    save_checkpoint, load_checkpoint, pick_device
+
+Reads and writes nothing but checkpoints. Images enter a network as float32 in [-1, 1],
+[N, 3, H, W]; they are kept everywhere else as uint8 (see `to_float` and `to_uint8`).
+Only `prepare.py` (the data format and the error class) is imported.
+"""
+import os
+import pickle
+import signal
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.models.segmentation.deeplabv3 import ASPP
+
+from prepare import CLASSES, UserError
+
+# ----------------------------------------------------------------------------- small tools
+
+
+def pick_device(name):
+    """torch.device for `--device`: "auto" takes cuda, then mps, then cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else (
+            "mps" if torch.backends.mps.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this PyTorch sees no CUDA device; use --device cpu")
+    return torch.device(name)
+
+
+def announce(script, device, seed, reads, writes):
+    """The first line of every script: device, versions, what it reads and what it writes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
+        f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU")
+    print(f"{script}: {device.type} ({name}), torch {torch.__version__}, torchvision "
+          f"{torchvision.__version__}, seed {seed}; reads {reads}; writes {writes}", flush=True)
+
+
+def speed_up(net, device, precision="float32", compile=False):
+    """Move `net` to `device`, channels last (1.13 x on a CPU); optional faster arithmetic.
+
+    bfloat16 is for the network alone (autocast): its output is float32 again, so the losses
+    are too. compile() works in place and leaves the checkpoint's keys as they are.
+    """
+    net.to(device, memory_format=torch.channels_last)
+    if precision == "bfloat16":
+        forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
+        net.forward = lambda x: forward(x).float()
+    if compile:
+        net.compile()
+    return net
+
+
+def make_optimizer(name, parameters, lr):
+    """The optimiser of `--optimizer` and `--d-optimizer`."""
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr)
+    return torch.optim.SGD(parameters, lr, momentum=0.9 if name == "momentum" else 0)
+
+
+def to_float(images):
+    """uint8 0..255 -> float32 in [-1, 1], the range of every network input (any shape)."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float in [-1, 1] -> uint8 0..255, rounded; the inverse of `to_float`."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def same_pad(x, kernel, stride, value=0.0):
+    """Pad [N, C, H, W] as TensorFlow's SAME does: the odd pixel goes after, not before."""
+    pads = []
+    for n in (x.shape[3], x.shape[2]):                    # F.pad wants the last axis first
+        total = max((-(-n // stride) - 1) * stride + kernel - n, 0)
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads, value=value)
+
+
+# ----------------------------------------------------------------------- refiner, section 5.1
+
+
+class ResnetBlock(nn.Module):
+    """Two 4x4 convolutions with 64 maps and the identity beside them (section 5.1).
+
+    An even kernel cannot be centred. Padding 1 and then 2 on all sides makes H-1 and then H
+    again, so that the block as a whole is centred (TensorFlow's SAME drifts half a pixel to
+    the right and down per layer). The padding reflects the image: zeros tell R where the edge
+    is, and it paints a frame there. Reflecting costs 4 to 11 % of the time of this network.
+    """
+
+    def __init__(self, maps=64):
+        super().__init__()
+        self.conv1 = nn.Conv2d(maps, maps, 4, padding=1, padding_mode="reflect")
+        self.conv2 = nn.Conv2d(maps, maps, 4, padding=2, padding_mode="reflect")
+
+    def forward(self, x):
+        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
+
+
+class Refiner(nn.Module):
+    """R_theta: a synthetic image to a refined one, [N, 3, H, W] in [-1, 1] to the same.
+
+    Section 5.1: 4x4 filters to 64 maps, 5 ResNet blocks, a 1x1 convolution. No normalisation;
+    tanh at the end as in SimGAN (the paper does not say). 659,331 parameters.
+    """
+
+    def __init__(self, maps=64, blocks=5):
+        super().__init__()
+        self.args = {"maps": maps, "blocks": blocks}
+        self.first = nn.Conv2d(3, maps, 4)
+        self.blocks = nn.Sequential(*[ResnetBlock(maps) for _ in range(blocks)])
+        self.last = nn.Conv2d(maps, 3, 1)
+
+    def forward(self, x):
+        x = F.pad(x, (1, 2, 1, 2), mode="reflect")
+        return torch.tanh(self.last(self.blocks(F.relu(self.first(x)))))
+
+
+# ------------------------------------------------------------------- discriminator, Table 1
+
+
+class Discriminator(nn.Module):
+    """D_phi, Table 1: [N, 3, H, W] in [-1, 1] to logits [N, 2, h, w], one pair per patch.
+
+    Class 0 is real, class 1 is refined: D(x) = softmax(logits)[:, 1] = P(x is refined).
+    SAME padding; 80 x 160 gives 4 x 7 patches, each seeing 50 x 50 pixels. 125,250 parameters.
+    `final_relu` is Table 1's last ReLU. It is off by default: where it cuts both logits the
+    patch says 1/2 for ever and has no gradient, and all patches can be so from the first step.
+    """
+
+    def __init__(self, final_relu=False):
+        super().__init__()
+        self.args = {"final_relu": final_relu}
+        self.conv1 = nn.Conv2d(3, 96, 5, stride=3)
+        self.conv2 = nn.Conv2d(96, 64, 4, stride=2)
+        self.conv3 = nn.Conv2d(64, 32, 3, stride=2)
+        self.conv4 = nn.Conv2d(32, 32, 1)
+        self.conv5 = nn.Conv2d(32, 2, 1)
+
+    def forward(self, x):                                             # 3 x 80 x 160
+        x = F.relu(self.conv1(same_pad(x, 5, 3)))                     # 96 x 27 x 54
+        x = F.relu(self.conv2(same_pad(x, 4, 2)))                     # 64 x 14 x 27
+        x = F.max_pool2d(same_pad(x, 3, 2, -torch.inf), 3, stride=2)  # 64 x 7 x 14
+        x = F.relu(self.conv3(same_pad(x, 3, 2)))                     # 32 x 4 x 7
+        x = F.relu(self.conv4(x))
+        x = self.conv5(x)                                             # 2 x 4 x 7
+        return F.relu(x) if self.args["final_relu"] else x
+
+
+def patch_loss(logits, target):
+    """-log P(target) as the mean over patches and batch; target 0 = real, 1 = refined."""
+    return -F.log_softmax(logits.float(), dim=1)[:, target].mean()
+
+
+# ------------------------------------------------------------------ Inception V3 (Szegedy 2016)
+
+
+def keras_average_pool(module, inputs):
+    """Forward pre-hook of `branch_pool`: make torchvision's average pool equal Keras's.
+
+    torchvision averages the padding in (divides by 9 at the border), Keras does not. Dividing
+    by the pooled ones gives the mean of the pixels that are there.
+    """
+    (x,) = inputs
+    ones = torch.ones_like(x[:1, :1])
+    return (x / F.avg_pool2d(ones, 3, stride=1, padding=1),)
+
+
+def inception_state(weights):
+    """The state dict of an ImageNet Inception V3 from torchvision ("imagenet") or a file."""
+    if weights == "imagenet":
+        try:
+            return torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(
+                progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--inception imagenet: the download failed ({error}); give a file "
+                            "(--inception PATH) or use --inception random") from None
+    state = load_tensors(weights, "--inception")
+    state = state.get("state_dict", state)
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def load_inception(weights="imagenet", layer="pool3", images=None, seed=0):
+    """Inception V3 up to and including `layer`, frozen: [N, 3, H, W] in [-1, 1] -> features.
+
+    weights: "imagenet" (torchvision's, downloaded once), a path to a state dict (with or
+    without fc.* and AuxLogits.*, float16 or float32), or "random": seeded weights whose
+    BatchNorm is calibrated on `images` (uint8 [N, 3, H, W]); for demo and tests.
+    layer: a name of torchvision's modules (Conv2d_4a_3x3 = Keras' fifth convolution,
+    Mixed_6e, ...), or "pool3" for the 2048 numbers of FID.
+    Raises UserError when the download fails, the file does not fit or the layer is unknown.
+    """
+    torch_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    net = torchvision.models.inception_v3(weights=None, aux_logits=False, init_weights=False,
+                                          transform_input=False)
+    torch.set_rng_state(torch_state)
+    for module in net.modules():
+        if hasattr(module, "branch_pool"):
+            module.branch_pool.register_forward_pre_hook(keras_average_pool)
+    if weights != "random":
+        state = {k: v for k, v in inception_state(weights).items()
+                 if not k.startswith(("fc.", "AuxLogits."))}
+        answer = net.load_state_dict({**net.state_dict(), **state}, strict=False) \
+            if not set(net.state_dict()) - set(state) - {"fc.weight", "fc.bias"} else None
+        if answer is None or answer.unexpected_keys:
+            raise UserError(f"--inception {weights}: not a torchvision inception_v3 state dict")
+    last = "avgpool" if layer == "pool3" else layer
+    names = [name for name, _ in net.named_children()]       # they stand in forward order
+    if last not in names[:names.index("avgpool") + 1]:
+        raise UserError(f"--layer {layer}: Inception V3 has {', '.join(names)}")
+    part = nn.Sequential(*list(net.children())[:names.index(last) + 1])
+    if weights == "random":
+        calibrate_batchnorm(part, images)
+    if layer == "pool3":
+        part.append(nn.Flatten())
+    return part.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def calibrate_batchnorm(net, images):
+    """Set every BatchNorm to the statistics of `images` (uint8): else a random net is flat."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None                            # None: the plain average
+    net.train()
+    net(F.interpolate(to_float(images[:32]), size=(139, 139), mode="bilinear"))
+    net.eval()
+
+
+@torch.no_grad()
+def inception_features(net, images, device, batch_size=32, progress=iter):
+    """pool3 features, float64 [N, 2048] on the CPU, of uint8 images [N, 3, H, W].
+
+    Every image is resized to 299 x 299 (bilinear, align_corners=False, no antialias, as
+    pytorch-fid does). `progress` wraps the loop over batches, tqdm for example.
+    """
+    net = net.to(device)
+    features = []
+    for batch in progress(images.split(batch_size)):
+        x = F.interpolate(to_float(batch.to(device)), size=(299, 299), mode="bilinear",
+                          align_corners=False)
+        features.append(net(x).cpu().double())
+    return torch.cat(features)
+
+
+# ------------------------------------------------------------------- metrics, section 5.2
+
+
+def fid(features_a, features_b):
+    """Frechet Inception Distance of two feature sets, [N1, d] and [N2, d] -> float >= 0.
+
+    FID = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr sqrt(S1 S2)   (Heusel et al. 2017), in float64.
+
+    With A, B the centred features over sqrt(N - 1), S1 = A'A and S2 = B'B, the last trace is
+    the nuclear norm of the small matrix A B': no d x d matrix, no complex square root. For
+    more than 2000 images the symmetric form tr sqrt(L' S2 L), S1 = L L', is cheaper.
+    """
+    a, b = features_a.double(), features_b.double()
+    distance = (a.mean(0) - b.mean(0)).square().sum()
+    a = (a - a.mean(0)) / (len(a) - 1) ** 0.5
+    b = (b - b.mean(0)) / (len(b) - 1) ** 0.5
+    if min(len(a), len(b)) <= 2000:
+        trace_sqrt = torch.linalg.svdvals(a @ b.T).sum()
+    else:
+        w, v = torch.linalg.eigh(a.T @ a)
+        bl = b @ (v * w.clamp(min=0).sqrt())                   # B L, so L'S2L = (BL)'(BL)
+        trace_sqrt = torch.linalg.eigvalsh(bl.T @ bl).clamp(min=0).sqrt().sum()
+    value = distance + a.square().sum() + b.square().sum() - 2 * trace_sqrt
+    return max(value.item(), 0.0)                              # -1e-13 on equal sets
+
+
+def kid(features_a, features_b):
+    """Kernel Inception Distance (Binkowski et al. 2018): the unbiased squared MMD -> float.
+
+    Kernel k(x, y) = (x.y / d + 1)^3. Unlike FID its mean does not depend on N, so it can be
+    a little below 0 for equal distributions.
+    """
+    a, b = features_a.double(), features_b.double()
+    m, n, d = len(a), len(b), a.shape[1]
+    k_aa, k_bb, k_ab = ((x @ y.T / d + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    within_a = (k_aa.sum() - k_aa.trace()) / (m * (m - 1))
+    within_b = (k_bb.sum() - k_bb.trace()) / (n * (n - 1))
+    return (within_a + within_b - 2 * k_ab.mean()).item()
+
+
+def ssim(x, y, max_val=255):
+    """Structural similarity (Wang et al. 2004) of image pairs: [N, 3, H, W] twice -> [N].
+
+    Equals `tf.image.ssim` on uint8: Gaussian window 11 x 11, sigma 1.5, only windows that lie
+    inside the image, population moments, C1 = (.01 L)^2, C2 = (.03 L)^2 with L = `max_val`,
+    mean over positions and channels. float64 stays float64, all else becomes float32.
+    Raises ValueError for images under 11 x 11 or of unequal shape.
+    """
+    if x.shape != y.shape or x.shape[-2] < 11 or x.shape[-1] < 11:
+        raise ValueError(f"ssim wants equal shapes of 11 x 11 or more, "
+                         f"not {tuple(x.shape)} and {tuple(y.shape)}")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x, y = x.to(dtype) / max_val, y.to(dtype) / max_val        # now L = 1
+    g = torch.exp(-(torch.arange(11, dtype=dtype, device=x.device) - 5) ** 2 / (2 * 1.5 ** 2))
+    g = g / g.sum()
+    n, channels, height, width = x.shape
+    maps = torch.cat([x, y, x * x + y * y, x * y], 1).reshape(-1, 1, height, width)
+    maps = F.conv2d(F.conv2d(maps, g.view(1, 1, 11, 1)), g.view(1, 1, 1, 11))   # separable
+    mx, my, square, product = maps.reshape(n, 4, channels, *maps.shape[-2:]).unbind(1)
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
+    structure = (2 * (product - mx * my) + c2) / (square - mx * mx - my * my + c2)
+    return (luminance * structure).mean((1, 2, 3))
+
+
+# --------------------------------------------------------------- segmentation, section 5.3
+
+
+def double_conv(c_in, c_out):
+    """(3x3 convolution, BatchNorm, ReLU) twice, size kept."""
+    layers = []
+    for c in (c_in, c_out):
+        layers += [nn.Conv2d(c, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out),
+                   nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+class UNet(nn.Module):
+    """U-Net (Ronneberger et al. 2015): [N, 3, H, W] in [-1, 1] -> class logits [N, 19, H, W].
+
+    Four levels down, base width 32 (the original has 64), padded convolutions with BatchNorm.
+    H and W must be multiples of 16 or are padded up to one by repeating the edge.
+    """
+
+    def __init__(self, classes=len(CLASSES), base=32):
+        super().__init__()
+        widths = [base * 2 ** i for i in range(5)]
+        self.down = nn.ModuleList(double_conv(i, o) for i, o in zip([3] + widths, widths))
+        pairs = list(zip(widths[:0:-1], widths[-2::-1]))       # (512, 256), (256, 128), ...
+        self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in pairs)
+        self.merge = nn.ModuleList(double_conv(i, o) for i, o in pairs)
+        self.head = nn.Conv2d(base, classes, 1)
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        x = F.pad(x, (0, -width % 16, 0, -height % 16), mode="replicate")
+        skips = []
+        for i, block in enumerate(self.down):
+            x = block(F.max_pool2d(x, 2) if i else x)
+            skips.append(x)
+        for up, merge, skip in zip(self.up, self.merge, skips[-2::-1]):
+            x = merge(torch.cat([skip, up(x)], 1))
+        return self.head(x)[..., :height, :width]
+
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabV3+ (Chen et al. 2018): [N, 3, H, W] in [-1, 1] -> logits [N, 19, H, W].
+
+    ResNet-50 at output stride 16, ASPP with rates 6, 12, 18, and the decoder that the plus
+    stands for: upsample, join with layer1's features cut to 48 maps, two 3x3 convolutions.
+    backbone_weights: None, "imagenet" (torchvision's, downloaded) or a path to a state dict.
+    """
+
+    def __init__(self, classes=len(CLASSES), backbone_weights=None):
+        super().__init__()
+        b = torchvision.models.resnet50(weights=None,
+                                        replace_stride_with_dilation=[False, False, True])
+        if backbone_weights:
+            b.load_state_dict(resnet_state(backbone_weights))
+        self.stem = nn.Sequential(b.conv1, b.bn1, b.relu, b.maxpool)
+        self.layer1 = b.layer1
+        self.deep = nn.Sequential(b.layer2, b.layer3, b.layer4)
+        self.aspp = ASPP(2048, [6, 12, 18])
+        self.low = nn.Sequential(nn.Conv2d(256, 48, 1, bias=False), nn.BatchNorm2d(48),
+                                 nn.ReLU(inplace=True))
+        self.decoder = double_conv(256 + 48, 256)
+        self.head = nn.Conv2d(256, classes, 1)
+
+    def forward(self, x):                                         # at 80 x 160:
+        low = self.layer1(self.stem(x))                           # 256 x 20 x 40
+        deep = self.aspp(self.deep(low))                          # 256 x 5 x 10
+        deep = F.interpolate(deep, size=low.shape[-2:], mode="bilinear", align_corners=False)
+        y = self.head(self.decoder(torch.cat([deep, self.low(low)], 1)))
+        return F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def resnet_state(weights):
+    """The state dict of a ResNet-50: "imagenet" or a path."""
+    if weights != "imagenet":
+        return load_tensors(weights, "--backbone-weights")
+    try:
+        return torchvision.models.ResNet50_Weights.IMAGENET1K_V2.get_state_dict(progress=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--backbone-weights imagenet: the download failed ({error}); give a "
+                        "file or use --backbone-weights none") from None
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+
+def load_tensors(path, flag):
+    """torch.load of tensors and plain values only; any failure is a UserError naming `flag`."""
+    if not Path(path).is_file():
+        raise UserError(f"{flag} {path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{flag} {path}: not a file of tensors that PyTorch can load, or "
+                        f"damaged ({str(error).splitlines()[0][:80]})") from None
+
+
+def save_checkpoint(path, stage, **state):
+    """Write `state` (tensors and plain values) and its stage to `path`, whole or not at all."""
+    temporary = f"{path}.tmp"
+    torch.save({"stage": stage, **state}, temporary)
+    os.replace(temporary, path)
+
+
+def resume_or_start(path, stage, settings, resume, overwrite):
+    """The saved state to go on from, or None for a new run; refuses what would lose a run."""
+    if not resume:
+        if Path(path).exists() and not overwrite:
+            raise UserError(f"{path} exists: --resume goes on with that run, --overwrite starts "
+                            "it anew")
+        return None
+    state = load_checkpoint(path, [stage], "nothing to --resume: leave the flag away")
+    for key, value in settings.items():
+        if state["settings"].get(key) != value:
+            raise UserError(f"{path}: was run with {key} = {state['settings'].get(key)}, not "
+                            f"{value}; --resume goes on with the same settings only")
+    return state
+
+
+def stop_requests():
+    """A list that becomes non-empty on the first Ctrl-C or SIGTERM; the second stops at once.
+
+    A loop looks at it after a whole step, so what it then saves is a state it can resume from.
+    """
+    requests = []
+
+    def note(signum, _):
+        requests.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+    return requests
+
+
+def load_checkpoint(path, stages, advice):
+    """Read a checkpoint of one of `stages`; raises UserError, ending in `advice`, otherwise."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; {advice}")
+    state = load_tensors(path, "checkpoint")
+    if not isinstance(state, dict) or state.get("stage") not in stages:
+        found = state.get("stage", "none of ours") if isinstance(state, dict) else "no dict"
+        raise UserError(f"{path}: wanted a checkpoint of {' or '.join(stages)}, found {found}; "
+                        f"{advice}")
+    return state
