@@ -1,0 +1,88 @@
+# make demo                                  toy town, all six stages, both methods; no network
+# make test                                  the tests
+# make paper GTA5=~/gtav CITYSCAPES=~/cs     the paper, all stages, both methods and networks
+# make clean-demo                            remove demo/
+#
+# Every target first makes .venv and installs requirements.txt into it. A stage leaves a stamp
+# in $(BASE)runs/stamps when it is finished; it runs again only when a stage before it has.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test paper stages clean-demo
+.DELETE_ON_ERROR:
+
+test: .venv/installed
+	$(PY) -m pytest -q tests
+
+# ---------------------------------------------------------------------------- settings
+
+demo: .venv/installed
+	$(MAKE) --no-print-directory stages BASE=demo/ INCEPTION=random \
+	  PREPARE="--demo --limit 300 --test 100 --size 32 64" \
+	  PRETRAIN="--steps 150 --d-steps 300 --batch-size 8" \
+	  GAN="--steps 150 --batch-size 8 --sample-every 25 --save-every 50" \
+	  SEGMENT="--network unet --epochs 10"
+	@cat demo/results/table2.md demo/results/segment_unet.md
+	@echo "Pictures: demo/runs/ours/samples/ (synthetic, refined, real)," \
+	  "demo/runs/ours/curves.png (Figure 1), demo/results/table7.png"
+
+paper: .venv/installed
+	@test -n "$(GTA5)" -a -n "$(CITYSCAPES)" || { \
+	  echo "usage: make paper GTA5=DIR CITYSCAPES=DIR [INCEPTION=imagenet|FILE]"; exit 2; }
+	$(MAKE) --no-print-directory stages BASE= \
+	  PREPARE="--gta5 $(GTA5) --cityscapes $(CITYSCAPES)" SEGMENT="--network both"
+
+clean-demo:
+	rm -rf demo
+
+# ------------------------------------------------------------------ the chain of the stages
+
+INCEPTION ?= imagenet
+DATA := $(BASE)data
+RUNS := $(BASE)runs
+STAMPS := $(RUNS)/stamps
+# A stopped training goes on if it is newer than what it started from; else it starts anew.
+go-on = $$(test $(1) -nt $(2) && echo --resume || echo --overwrite)
+
+stages: $(STAMPS)/evaluate $(STAMPS)/segment
+
+$(STAMPS)/prepare:
+	$(PY) prepare.py --out $(DATA) $(PREPARE)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/pretrain-%: $(STAMPS)/prepare
+	$(PY) pretrain.py --method $* --data $(DATA) --run $(RUNS)/$* --inception $(INCEPTION) \
+	  $(PRETRAIN) $(call go-on,$(RUNS)/$*/pretrain.pt,$(STAMPS)/prepare)
+	@touch $@
+
+$(STAMPS)/gan-%: $(STAMPS)/pretrain-%
+	$(PY) train_gan.py --method $* --data $(DATA) --run $(RUNS)/$* \
+	  $(GAN) $(call go-on,$(RUNS)/$*/last.pt,$(STAMPS)/pretrain-$*)
+	@touch $@
+
+$(STAMPS)/refine-%: $(STAMPS)/gan-%
+	$(PY) refine.py --checkpoint $(RUNS)/$*/gan.pt --data $(DATA)/synthetic --out $(DATA)/$*
+	@touch $@
+
+$(STAMPS)/refine-pretrained: $(STAMPS)/pretrain-ours
+	$(PY) refine.py --checkpoint $(RUNS)/ours/pretrain.pt --data $(DATA)/synthetic \
+	  --out $(DATA)/pretrained
+	@touch $@
+
+REFINED := $(addprefix $(STAMPS)/refine-,pretrained ours simgan)
+
+$(STAMPS)/evaluate: $(REFINED)
+	$(PY) evaluate.py --data $(DATA) --out $(BASE)results --inception $(INCEPTION)
+	@touch $@
+
+$(STAMPS)/segment: $(REFINED)
+	$(PY) segment.py --data $(DATA) --out $(BASE)results $(SEGMENT)
+	@touch $@
+
+.SECONDARY:
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --disable-pip-version-check -q -r requirements.txt
+	@touch $@
