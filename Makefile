@@ -2,6 +2,7 @@
 # make test                                  the tests
 # make paper GTA5=~/gtav CITYSCAPES=~/cs     the paper, all stages, both methods and networks
 # make clean-demo                            remove demo/
+# make stages BASE=... PREPARE=... ...       the chain with settings of your own
 #
 # Every target first makes .venv and installs requirements.txt into it. A stage leaves a stamp
 # in $(BASE)runs/stamps when it is finished; it runs again only when a stage before it has.
@@ -47,7 +48,7 @@ go-on = $$(test $(1) -nt $(2) && echo --resume || echo --overwrite)
 
 stages: $(STAMPS)/evaluate $(STAMPS)/segment
 
-$(STAMPS)/prepare:
+$(STAMPS)/prepare: | .venv/installed
 	$(PY) prepare.py --out $(DATA) $(PREPARE)
 	@mkdir -p $(STAMPS) && touch $@
 

@@ -30,7 +30,7 @@ from prepare import (UserError, load_images, parser, positive, progress, run, sa
 
 REAL, REFINED = 0, 1                                   # D's two classes
 VALUES = 3 * 80 * 160                                  # of one image in the paper
-WARM_UP = 0.2                                          # of the steps: none of them is "best"
+WARM_UP = 1000                                         # steps of which none can be the best
 COLUMNS = ["loss_adv", "loss_rec", "d_loss_real", "d_loss_refined", "d_acc_real",
            "d_acc_refined", "mean_change", "history", "images_per_s", "ssim"]
 
@@ -67,8 +67,9 @@ def score(rows):
     """The paper's rule for a good step as one number (section 5.1): "generator losses and
     discriminator losses for real images are the lowest, and the discriminator losses for
     refined images are the highest". All three are cross-entropies, so they are added as they
-    are; `rows` are the log rows since the last sample, whose mean smooths them. The first fifth
-    of a run is left out: there R leaps and D, caught out, gives the rule its highest value."""
+    are; `rows` are the log rows since the last sample, whose mean smooths them. The first 1000
+    steps (half of a short run) are left out: while R leaps and D is caught out the rule has its
+    highest value, whatever the images look like."""
     mean = torch.tensor(rows).nanmean(0).tolist()
     return mean[3] - mean[2] - mean[0]
 
@@ -132,8 +133,8 @@ def arguments():
     p.add_argument("--history", type=int, default=100, help="capacity in batches; 0: none")
     p.add_argument("--rec-batch", type=positive(int), default=512,
                    help="images over which L_rec is summed, whatever the batch size")
-    p.add_argument("--optimizer", choices=["adam", "momentum", "sgd"], default="adam",
-                   help="of R; momentum is SGD with 0.9")
+    p.add_argument("--optimizer", choices=["adam", "momentum", "sgd"], default="sgd",
+                   help="(paper) of R; momentum is SGD with 0.9")
     p.add_argument("--d-optimizer", choices=["adam", "momentum", "sgd"], default="momentum",
                    help="of D")
     p.add_argument("--save-every", type=positive(int), default=500, help="steps")
@@ -252,6 +253,7 @@ def main():
                         optimizer_D=optimizer_D.state_dict(), history=history.images.cpu(),
                         random=random.get_state())
 
+    warm_up = min(WARM_UP, args.steps // 2)
     stop, said, clock = stop_requests(), set(), time.perf_counter()
     bar = progress(total=args.steps, initial=start, unit="step", desc=f"train_gan {args.method}")
     for step in range(start + 1, args.steps + 1):
@@ -273,7 +275,7 @@ def main():
             log[-1][-1] = sample(step)
             window = log[-args.sample_every:]
             watch(window, step, said)
-            if score(window) > best["score"] and step > WARM_UP * args.steps:
+            if score(window) > best["score"] and step > warm_up:
                 best = {"step": step, "score": score(window),
                         "refiner": {k: v.clone() for k, v in R.state_dict().items()}}
         if step % args.save_every == 0 or step == args.steps or stop:
