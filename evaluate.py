@@ -20,7 +20,7 @@ import torch
 import torchvision
 
 from models import (announce, fid, inception_features, kid, load_inception, pick_device, ssim)
-from prepare import (UserError, load_images, names, parser, positive, progress, run, write_text)
+from prepare import (UserError, load_images, names, parser, positive, progress, start, write_text)
 
 ROWS = ["synthetic", "pretrained", "simgan", "ours"]
 PAPER = {"synthetic": (60.82, 0.0023), "pretrained": (56.89, 0.0025),         # Table 2
@@ -157,4 +157,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

@@ -11,7 +11,6 @@ Reads and writes nothing but checkpoints. Images enter a network as float32 in [
 Only `prepare.py` (the data format and the error class) is imported.
 """
 import os
-import pickle
 import signal
 from pathlib import Path
 
@@ -33,7 +32,10 @@ def pick_device(name):
             "mps" if torch.backends.mps.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this PyTorch sees no CUDA device; use --device cpu")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:1 or mps") from None
 
 
 def announce(script, device, seed, reads, writes):
@@ -176,17 +178,19 @@ def keras_average_pool(module, inputs):
 
 
 def inception_state(weights):
-    """The state dict of an ImageNet Inception V3 from torchvision ("imagenet") or a file."""
+    """The state dict of an ImageNet Inception V3, from torchvision ("imagenet") or a file,
+    without the two classifiers (fc, AuxLogits) that nothing here needs."""
     if weights == "imagenet":
         try:
-            return torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(
+            state = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(
                 progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:
             raise UserError(f"--inception imagenet: the download failed ({error}); give a file "
                             "(--inception PATH) or use --inception random") from None
-    state = load_tensors(weights, "--inception")
-    state = state.get("state_dict", state)
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    else:
+        state = load_tensors(weights, "--inception")
+        state = state if isinstance(state, dict) else {}
+    return {k: v for k, v in state.items() if not k.startswith(("fc.", "AuxLogits."))}
 
 
 def load_inception(weights="imagenet", layer="pool3", images=None, seed=0):
@@ -199,23 +203,24 @@ def load_inception(weights="imagenet", layer="pool3", images=None, seed=0):
     Mixed_6e, ...), or "pool3" for the 2048 numbers of FID.
     Raises UserError when the download fails, the file does not fit or the layer is unknown.
     """
-    torch_state = torch.get_rng_state()
+    state = torch.get_rng_state()
     torch.manual_seed(seed)
     net = torchvision.models.inception_v3(weights=None, aux_logits=False, init_weights=False,
                                           transform_input=False)
-    torch.set_rng_state(torch_state)
+    torch.set_rng_state(state)
+    net.fc = nn.Identity()
     for module in net.modules():
         if hasattr(module, "branch_pool"):
             module.branch_pool.register_forward_pre_hook(keras_average_pool)
     if weights != "random":
-        state = {k: v for k, v in inception_state(weights).items()
-                 if not k.startswith(("fc.", "AuxLogits."))}
-        answer = net.load_state_dict({**net.state_dict(), **state}, strict=False) \
-            if not set(net.state_dict()) - set(state) - {"fc.weight", "fc.bias"} else None
-        if answer is None or answer.unexpected_keys:
-            raise UserError(f"--inception {weights}: not a torchvision inception_v3 state dict")
+        try:
+            net.load_state_dict(inception_state(weights))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()[:120]
+            raise UserError(f"--inception {weights}: not the state dict of a torchvision "
+                            f"inception_v3 ({reason})") from None
+    names = [name for name, _ in net.named_children()]        # they stand in forward order
     last = "avgpool" if layer == "pool3" else layer
-    names = [name for name, _ in net.named_children()]       # they stand in forward order
     if last not in names[:names.index("avgpool") + 1]:
         raise UserError(f"--layer {layer}: Inception V3 has {', '.join(names)}")
     part = nn.Sequential(*list(net.children())[:names.index(last) + 1])
@@ -372,7 +377,11 @@ class DeepLabV3Plus(nn.Module):
         b = torchvision.models.resnet50(weights=None,
                                         replace_stride_with_dilation=[False, False, True])
         if backbone_weights:
-            b.load_state_dict(resnet_state(backbone_weights))
+            try:
+                b.load_state_dict(resnet_state(backbone_weights))
+            except (RuntimeError, TypeError):
+                raise UserError(f"--backbone-weights {backbone_weights}: not the state dict of "
+                                "a torchvision resnet50") from None
         self.stem = nn.Sequential(b.conv1, b.bn1, b.relu, b.maxpool)
         self.layer1 = b.layer1
         self.deep = nn.Sequential(b.layer2, b.layer3, b.layer4)
@@ -410,9 +419,10 @@ def load_tensors(path, flag):
         raise UserError(f"{flag} {path}: no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:                # a damaged pickle can raise about anything
+        why = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise UserError(f"{flag} {path}: not a file of tensors that PyTorch can load, or "
-                        f"damaged ({str(error).splitlines()[0][:80]})") from None
+                        f"damaged ({why})") from None
 
 
 def save_checkpoint(path, stage, **state):

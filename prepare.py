@@ -58,10 +58,10 @@ LOOKUP["trainIds"][list(range(19)) + [255]] = list(range(19)) + [IGNORE]
 
 class UserError(Exception):
     """Something the user can mend. Its text names the file or flag, what was found, and what
-    to do; `run` prints it as one line."""
+    to do; `start` prints it as one line."""
 
 
-def run(main):
+def start(main):
     """Call a script's main(); turn a UserError or a failing file into one line and status 2."""
     try:
         main()
@@ -79,8 +79,15 @@ def parser(doc):
                     argparse.RawDescriptionHelpFormatter):
         pass
     p = argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
-    p.add_argument("--seed", type=int, default=0, help="decides every random choice")
+    p.add_argument("--seed", type=natural, default=0, help="decides every random choice")
     return p
+
+
+def natural(text):
+    """An argparse type: an int of 0 or more."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return int(text)
 
 
 def positive(kind):
@@ -200,6 +207,8 @@ def images_below(folder):
 def find_folder(images, labels=None):
     """Frames of any image folder; the label of a/b.jpg is labels/a/b.png (or none at all)."""
     frames, skipped, seen = [], [], {}
+    if labels and not Path(labels).expanduser().is_dir():
+        raise UserError(f"{labels}: no such folder of labels")
     for path in images_below(images):
         relative = path.relative_to(Path(images).expanduser()).with_suffix("")
         name = "_".join(relative.parts)
@@ -306,7 +315,7 @@ def read_label(path, ids):
             raise ValueError(f"label mode {image.mode}, wanted 8-bit ids (palette or grey)")
         label = LOOKUP[ids][np.array(image)]
         if (label == UNKNOWN).any():
-            bad = sorted(set(np.unique(np.array(image))) - set(np.flatnonzero(LOOKUP[ids] != UNKNOWN)))
+            bad = np.unique(np.array(image)[label == UNKNOWN])
             raise ValueError(f"label ids {', '.join(map(str, bad[:5]))} are not {ids}")
         return Image.fromarray(label)
 
@@ -363,7 +372,15 @@ def make_toy(job, crop, size, out):
 
 def check_settings(path, settings):
     """Refuse to mix two settings in one folder; the same settings just run again."""
-    old = json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else settings
+    for domain in ("synthetic", "real"):
+        if (path.parent / domain).exists() and not path.is_file():
+            raise UserError(f"{path.parent / domain}: is there, but was not made by prepare.py "
+                            "(no prepare.json beside it); choose another --out")
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() \
+            else settings
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not written by prepare.py, or damaged; delete it") from None
     changed = [k for k in settings if old.get(k) != settings[k]]
     if changed:
         raise UserError(f"{path.parent} was prepared with {changed[0]} = {old.get(changed[0])}, "
@@ -402,7 +419,8 @@ def arguments():
     args = p.parse_args()
     if args.crop == ["none"]:
         args.crop = None
-    elif len(args.crop) == 4 and all(n.isdigit() for n in args.crop):
+    elif len(args.crop) == 4 and all(n.isdecimal() for n in args.crop) \
+            and int(args.crop[2]) and int(args.crop[3]):
         args.crop = [int(n) for n in args.crop]
     else:
         p.error("--crop wants four numbers (TOP LEFT HEIGHT WIDTH) or none")
@@ -410,10 +428,32 @@ def arguments():
         p.error(f"--size {args.size[0]} {args.size[1]}: 24 x 24 is the least the networks take")
     if args.demo and (args.gta5 or args.cityscapes or args.synthetic or args.real):
         p.error("--demo draws its own data: leave the folders away")
+    if args.gta5 and args.synthetic or args.cityscapes and args.real:
+        p.error("--gta5 or --synthetic, --cityscapes or --real: one source a domain")
     for flag in ("synthetic", "real"):
         if len(getattr(args, flag) or [1]) > 2:
             p.error(f"--{flag} wants one or two folders: IMAGES [LABELS]")
     return args
+
+
+def run_jobs(make, jobs, args, skipped):
+    """Make every frame, in parallel; appends to `skipped`. Returns pixels per class, int [20]
+    for every (domain, split), and the set of ((domain, split), name) that were made."""
+    totals = {key: np.zeros(20, np.int64) for key, _, _ in jobs}
+    made = set()
+    with ProcessPoolExecutor(args.workers) as pool:
+        results = pool.map(make, jobs, chunksize=8)
+        for (key, frame, _), (pixels, why) in progress(zip(jobs, results), total=len(jobs),
+                                                       unit="image"):
+            if why and args.strict:
+                pool.shutdown(cancel_futures=True)
+                raise UserError(f"{frame.image}: {why} (--strict)")
+            if why:
+                skipped.append((frame.image, why))
+            else:
+                totals[key] += pixels
+                made.add((key, frame.name))
+    return totals, made
 
 
 def main():
@@ -440,26 +480,18 @@ def main():
             (args.out / domain / split / kind).mkdir(parents=True, exist_ok=True)
 
     jobs = [(key, frame, ids[key[0]]) for key, some in frames.items() for frame in some]
-    totals = {key: np.zeros(20, np.int64) for key in frames}
-    done = Counter({key: 0 for key in frames})
     make = partial(make, crop=args.crop, size=args.size, out=args.out)
-    with ProcessPoolExecutor(args.workers) as pool:
-        results = pool.map(make, jobs, chunksize=8)
-        for (key, frame, _), (pixels, why) in progress(zip(jobs, results), total=len(jobs),
-                                                       unit="image"):
-            if why and args.strict:
-                pool.shutdown(cancel_futures=True)
-                raise UserError(f"{frame.image}: {why} (--strict)")
-            if why:
-                skipped.append((frame.image, why))
-            else:
-                totals[key] += pixels
-                done[key] += 1
-    empty = ["/".join(key) for key in frames if not done[key]]
-    if empty:
-        raise UserError(f"{empty[0]}: all {len(frames[tuple(empty[0].split('/'))])} frames were "
-                        f"skipped, the last because: {skipped[-1][0]}: {skipped[-1][1]}")
+    totals, made = run_jobs(make, jobs, args, skipped)
+    done = Counter(key for key, _ in made)
+    for key, some in frames.items():
+        if not done[key]:
+            raise UserError(f"{'/'.join(key)}: all {len(some)} frames were skipped, the last "
+                            f"because: {skipped[-1][0]}: {skipped[-1][1]}")
+        for path in (args.out / key[0] / key[1]).glob("*/*.png"):
+            if (key, path.stem) not in made:          # left by an earlier run on other frames
+                path.unlink()
 
+    done = {key: done[key] for key in frames}
     print(report(done, totals))
     record.update(finished=True, counts={"/".join(k): n for k, n in done.items()},
                   held_out={d: [f.name for f in frames[d, "test"]] for d in ids},
@@ -474,4 +506,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

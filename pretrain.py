@@ -15,6 +15,7 @@ Writes  runs/METHOD/pretrain.pt   both networks, both optimisers, the random sta
 
 About 25 minutes with the defaults at 40 x 80 on 2 cores, four times that at 80 x 160.
 """
+import math
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from models import (Discriminator, Refiner, announce, load_inception, make_optimizer,
                     patch_loss, pick_device, resume_or_start, save_checkpoint, speed_up,
                     stop_requests, to_float, to_uint8)
-from prepare import (UserError, load_images, parser, positive, progress, run, save_grid,
+from prepare import (UserError, load_images, parser, positive, progress, save_grid, start,
                      write_text)
 
 
@@ -32,6 +33,75 @@ def perceptual_loss(psi, refined, x):
     with torch.no_grad():
         target = psi(x)
     return F.mse_loss(psi(refined), target)
+
+
+def update_R(R, optimizer, x, psi):
+    """One step of R towards the identity; x: synthetic images in [-1, 1], [N, 3, H, W].
+
+    The loss is Eq 5 with psi, or the L1 self-regularisation of SimGAN (Eq 4, as a mean) where
+    psi is None. Returns the loss and mean |R(x) - x|.
+    """
+    refined = R(x)
+    change = (refined - x).abs().mean()
+    loss = change if psi is None else perceptual_loss(psi, refined, x)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item(), change.item()
+
+
+def update_D(D, optimizer, x, y):
+    """One step of D on Eq 1 with synthetic images x in place of refined ones, and real ones y.
+
+    Returns the loss (2 ln 2 = 1.386 is guessing) and the share of right patches.
+    """
+    logits_x, logits_y = D(x), D(y)
+    loss = patch_loss(logits_x, 1) + patch_loss(logits_y, 0)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    right = torch.cat([logits_x.argmax(1) == 1, logits_y.argmax(1) == 0])
+    return loss.item(), right.float().mean().item()
+
+
+class Run:
+    """Everything that a stopped pre-training needs to go on, and how it is saved."""
+
+    def __init__(self, args, device, state):
+        self.args, self.device = args, device
+        torch.manual_seed(args.seed)                             # the initial weights
+        self.R = speed_up(Refiner(), device, args.precision)
+        self.D = speed_up(Discriminator(args.final_relu), device, args.precision)
+        self.optimizer_R = make_optimizer(args.optimizer, self.R.parameters(), args.lr)
+        self.optimizer_D = make_optimizer(args.d_optimizer, self.D.parameters(), args.d_lr)
+        self.random = torch.Generator().manual_seed(args.seed)   # the batches
+        self.step, self.log = 0, []
+        if state:
+            self.R.load_state_dict(state["refiner"])
+            self.D.load_state_dict(state["discriminator"])
+            self.optimizer_R.load_state_dict(state["optimizer_R"])
+            self.optimizer_D.load_state_dict(state["optimizer_D"])
+            self.random.set_state(state["random"])
+            self.step, self.log = state["step"], state["log"]
+
+    def batch(self, images):
+        """A random batch of uint8 [N, 3, H, W] as network input."""
+        index = torch.randint(len(images), (self.args.batch_size,), generator=self.random)
+        return to_float(images[index].to(self.device))
+
+    def save(self, settings, finished):
+        """Write pretrain.csv and pretrain.pt, each one whole."""
+        rows = [f"{i + 1},{'R' if i < self.args.steps else 'D'},{a:.6g},{b:.6g}\n"
+                for i, (a, b) in enumerate(self.log)]
+        write_text(self.args.run / "pretrain.csv",
+                   "".join(["step,network,loss,mean_change_or_accuracy\n"] + rows))
+        save_checkpoint(self.args.run / "pretrain.pt", "pretrain", settings=settings,
+                        finished=finished, step=self.step, log=self.log,
+                        refiner_args=self.R.args, refiner=self.R.state_dict(),
+                        discriminator_args=self.D.args, discriminator=self.D.state_dict(),
+                        optimizer_R=self.optimizer_R.state_dict(),
+                        optimizer_D=self.optimizer_D.state_dict(),
+                        random=self.random.get_state())
 
 
 def arguments():
@@ -62,6 +132,19 @@ def arguments():
     return args
 
 
+@torch.no_grad()
+def summarise(run, x):
+    """Draw pretrain.png from synthetic images x and print what the last 50 steps of each were."""
+    refined = run.R(x)
+    save_grid(run.args.run / "pretrain.png",
+              {"synthetic": to_uint8(x), "R(synthetic)": to_uint8(refined),
+               "|difference|": to_uint8((refined - x).abs() - 1)})
+    of_R, of_D = (torch.tensor(rows[-50:]).mean(0) for rows in
+                  (run.log[:run.args.steps], run.log[run.args.steps:]))
+    print(f"R: mean |R(x) - x| = {of_R[1]:.3f} of the [-1, 1] range (0 is the identity); "
+          f"D: loss {of_D[0]:.3f} (1.386 is guessing), accuracy {of_D[1]:.2f}")
+
+
 def main():
     args = arguments()
     device = pick_device(args.device)
@@ -70,101 +153,41 @@ def main():
     path = args.run / "pretrain.pt"
     state = resume_or_start(path, "pretrain", settings, args.resume, args.overwrite)
     announce("pretrain.py", device, args.seed, f"{args.data}/", f"{args.run}/pretrain.*")
-
     synthetic = load_images(args.data / "synthetic" / "train")
     real = load_images(args.data / "real" / "train")
     if synthetic.shape[1:] != real.shape[1:]:
         raise UserError(f"{args.data}: synthetic images are {list(synthetic.shape[2:])}, real "
                         f"ones {list(real.shape[2:])}; prepare both with one --size")
-    torch.manual_seed(args.seed)
-    random = torch.Generator().manual_seed(args.seed)        # the only source of batches
-
-    def batch(images):
-        index = torch.randint(len(images), (args.batch_size,), generator=random)
-        return to_float(images[index].to(device))
-
-    R = speed_up(Refiner(), device, args.precision)
-    D = speed_up(Discriminator(args.final_relu), device, args.precision)
-    optimizer_R = make_optimizer(args.optimizer, R.parameters(), args.lr)
-    optimizer_D = make_optimizer(args.d_optimizer, D.parameters(), args.d_lr)
-    start, log = 0, []
-    if state:
-        R.load_state_dict(state["refiner"])
-        D.load_state_dict(state["discriminator"])
-        optimizer_R.load_state_dict(state["optimizer_R"])
-        optimizer_D.load_state_dict(state["optimizer_D"])
-        random.set_state(state["random"])
-        start, log = state["step"], state["log"]
+    psi = None
     if args.method == "ours":
         psi = load_inception(args.inception, args.layer, real, args.seed).to(device)
+    run = Run(args, device, state)
 
-    def update_R():
-        x = batch(synthetic)
-        refined = R(x)
-        loss = perceptual_loss(psi, refined, x) if args.method == "ours" \
-            else (refined - x).abs().mean()
-        optimizer_R.zero_grad()
-        loss.backward()
-        optimizer_R.step()
-        return loss.item(), (refined - x).abs().mean().item()
-
-    def update_D():
-        logits_synthetic, logits_real = D(batch(synthetic)), D(batch(real))
-        loss = patch_loss(logits_synthetic, 1) + patch_loss(logits_real, 0)      # Eq 1
-        optimizer_D.zero_grad()
-        loss.backward()
-        optimizer_D.step()
-        right = [(logits_synthetic.argmax(1) == 1).float().mean(),
-                 (logits_real.argmax(1) == 0).float().mean()]
-        return loss.item(), (sum(right) / 2).item()
-
-    def save(step):
-        args.run.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(path, "pretrain", settings=settings, step=step, log=log,
-                        finished=step == args.steps + args.d_steps,
-                        refiner_args=R.args, refiner=R.state_dict(),
-                        discriminator_args=D.args, discriminator=D.state_dict(),
-                        optimizer_R=optimizer_R.state_dict(),
-                        optimizer_D=optimizer_D.state_dict(), random=random.get_state())
-        rows = [f"{i + 1},{'R' if i < args.steps else 'D'},{a:.6g},{b:.6g}"
-                for i, (a, b) in enumerate(log)]
-        write_text(args.run / "pretrain.csv",
-                   "\n".join(["step,network,loss,mean_change_or_accuracy"] + rows) + "\n")
-
-    stop = stop_requests()
-    total = args.steps + args.d_steps
-    bar = progress(total=total, initial=start, unit="step", desc=f"pretrain {args.method}")
-    for step in range(start + 1, total + 1):
-        loss, meaning = update_R() if step <= args.steps else update_D()
-        if not abs(loss) < float("inf"):
-            raise UserError(f"step {step}: the loss is {loss}; the last good state is in {path} "
-                            "(if any was saved); try a smaller --lr or --d-lr")
-        log.append([loss, meaning])
-        if step <= args.steps:
-            bar.set_postfix_str(f"R loss {loss:.4f} |R(x)-x| {meaning:.3f}", refresh=False)
+    stop, total = stop_requests(), args.steps + args.d_steps
+    bar = progress(total=total, initial=run.step, unit="step", desc=f"pretrain {args.method}")
+    while run.step < total:
+        if run.step < args.steps:
+            loss, meaning = update_R(run.R, run.optimizer_R, run.batch(synthetic), psi)
+            text = f"R loss {loss:.4f} |R(x)-x| {meaning:.3f}"
         else:
-            bar.set_postfix_str(f"D loss {loss:.3f} accuracy {meaning:.2f}", refresh=False)
+            loss, meaning = update_D(run.D, run.optimizer_D, run.batch(synthetic),
+                                     run.batch(real))
+            text = f"D loss {loss:.3f} accuracy {meaning:.2f}"
+        run.step += 1
+        if not math.isfinite(loss):
+            raise UserError(f"step {run.step}: the loss is {loss}; the last good state is {path},"
+                            " if any was saved; try a smaller --lr or --d-lr")
+        run.log.append([loss, meaning])
+        bar.set_postfix_str(text, refresh=False)
         bar.update()
-        if step % args.save_every == 0 or step == total or stop:
-            save(step)
+        if run.step % args.save_every == 0 or run.step == total or stop:
+            run.save(settings, run.step == total)
         if stop:
             raise KeyboardInterrupt
     bar.close()
-
-    with torch.no_grad():
-        x = to_float(synthetic[:6].to(device))
-        refined = R(x)
-    save_grid(args.run / "pretrain.png",
-              {"synthetic": to_uint8(x), "R(synthetic)": to_uint8(refined),
-               "|difference|": to_uint8((refined - x).abs() - 1)})
-    change = [b for _, b in log[:args.steps]][-50:]
-    accuracy = [b for _, b in log[args.steps:]][-50:]
-    losses = [a for a, _ in log[args.steps:]][-50:]
-    print(f"R: mean |R(x) - x| = {sum(change) / len(change):.3f} of the [-1, 1] range (0 is the "
-          f"identity); D: loss {sum(losses) / len(losses):.3f} (1.386 is guessing), accuracy "
-          f"{sum(accuracy) / len(accuracy):.2f}")
+    summarise(run, to_float(synthetic[:6].to(device)))
     print(f"done: {path}, {args.run}/pretrain.csv, {args.run}/pretrain.png")
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from models import (Refiner, announce, load_checkpoint, pick_device, speed_up, to_float,
                     to_uint8)
-from prepare import (UserError, load_images, names, parser, positive, progress, run, write_png,
+from prepare import (UserError, load_images, names, parser, positive, progress, start, write_png,
                      write_text)
 
 
@@ -88,4 +88,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

@@ -27,7 +27,7 @@ import torchvision
 from models import (DeepLabV3Plus, UNet, announce, load_tensors, pick_device, save_checkpoint,
                     speed_up, to_float)
 from prepare import (CLASSES, IGNORE, PALETTE, UserError, load_images, load_labels, parser,
-                     positive, progress, run, save_grid, write_text)
+                     positive, progress, save_grid, start, write_text)
 
 DOMAINS = ["synthetic", "simgan", "ours", "real"]
 NETWORKS = ["unet", "deeplabv3plus"]
@@ -289,4 +289,4 @@ def draw_table7(path, data, pictures):
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from models import (Discriminator, Refiner, announce, load_checkpoint, make_optimizer,
                     patch_loss, pick_device, resume_or_start, save_checkpoint, speed_up, ssim,
                     stop_requests, to_float, to_uint8)
-from prepare import (UserError, load_images, parser, positive, progress, run, save_grid,
+from prepare import (UserError, load_images, parser, positive, progress, save_grid, start,
                      write_text)
 
 REAL, REFINED = 0, 1                                   # D's two classes
@@ -53,7 +53,9 @@ class History:
         room = self.capacity - len(self)
         if room > 0:
             self.images = torch.cat([self.images.to(images.device), images[:room]])
-        rest = images[max(room, 0):]
+        rest = images[room:]
+        if not len(rest) or not self.capacity:
+            return
         places = torch.randperm(len(self), generator=self.random)[:len(rest)]
         self.images[places.to(images.device)] = rest[:len(places)]
 
@@ -89,6 +91,70 @@ def watch(rows, step, said):
             tqdm.write(f"warning, step {step}: {text}")
 
 
+# --------------------------------------------------------------- the two updates, section 3.3
+
+
+def update_R(R, D, optimizer, x, alpha, beta, rec_batch):
+    """One step of R on L_R with D fixed; x: synthetic images in [-1, 1], [N, 3, H, W].
+
+    Returns L_adv, L_rec and mean |R(x) - x|, three scalars.
+    """
+    D.requires_grad_(False)
+    refined = R(x)                                                    # x' = R(x)
+    loss_adv = patch_loss(D(refined), REAL)                           # Eq 3: -log(1 - D(x'))
+    change = (refined - x).abs().mean()
+    loss_rec = rec_batch * VALUES * change                            # Eq 4: an L1 sum
+    loss_R = alpha * loss_adv + beta * loss_rec                       # Eq 2
+    optimizer.zero_grad()
+    loss_R.backward()
+    optimizer.step()
+    D.requires_grad_(True)
+    return loss_adv.detach(), loss_rec.detach(), change.detach()
+
+
+def update_D(R, D, optimizer, x, y, history, n_old):
+    """One step of D on L_D with R fixed; x synthetic, y real, both [n, 3, H, W] in [-1, 1].
+
+    D's refined images are R(x) and `n_old` of the history, which then takes R(x) in.
+    Returns D's loss on real and on refined images and its share of right patches on each.
+    """
+    with torch.no_grad():
+        new = to_uint8(R(x))
+    old = history.sample(n_old) if n_old else new[:0]
+    logits_refined, logits_real = D(to_float(torch.cat([new, old]))), D(y)
+    loss_refined = patch_loss(logits_refined, REFINED)                # Eq 1: -log D(x')
+    loss_real = patch_loss(logits_real, REAL)                         #       -log(1 - D(y))
+    optimizer.zero_grad()
+    (loss_refined + loss_real).backward()
+    optimizer.step()
+    history.add(new)
+    return (loss_real.detach(), loss_refined.detach(),
+            (logits_real.argmax(1) == REAL).float().mean(),
+            (logits_refined.argmax(1) == REFINED).float().mean())
+
+
+# ------------------------------------------------------------------------------ the pictures
+
+
+@torch.no_grad()
+def sample(R, pairs, path, device):
+    """Save a picture of fixed synthetic test images; return their mean SSIM, refined, to fixed
+    real ones (for Figure 1; it chooses nothing). pairs: two uint8 [N, 3, H, W]."""
+    refined = torch.cat([to_uint8(R(to_float(x.to(device)))).cpu() for x in pairs[0].split(8)])
+    x, y, r = pairs[0][:6], pairs[1][:6], refined[:6]
+    save_grid(path, {"synthetic": x, "refined": r, "real": y,
+                     "|difference|": (r.int() - x.int()).abs().to(torch.uint8)})
+    return ssim(refined, pairs[1]).mean().item()
+
+
+def check_finite(row, step, folder):
+    """Stop before a loss that is not a number can be saved; the last good state stays."""
+    for name, value in zip(COLUMNS[:7], row):
+        if not math.isfinite(value):
+            raise UserError(f"step {step}: {name} is {value}; the last good state is "
+                            f"{folder / 'last.pt'}, if any was saved; try a smaller --lr")
+
+
 def draw_curves(path, log, sample_every, best):
     """Figure 1: SSIM of fixed pairs, D's loss on real, D's loss on refined, best step marked."""
     import matplotlib
@@ -115,6 +181,64 @@ def draw_curves(path, log, sample_every, best):
     figure.savefig(f"{path}.tmp", format="png", dpi=90)
     plt.close(figure)
     Path(f"{path}.tmp").replace(path)
+
+
+# ----------------------------------------------------------------- what a run is made of
+
+
+class Run:
+    """Everything that a stopped training needs to go on, and how it is saved.
+
+    source: a checkpoint of pretrain.py, or of this script (then all of it is restored).
+    """
+
+    def __init__(self, args, device, source):
+        self.args, self.device = args, device
+        self.R = Refiner(**source["refiner_args"])
+        self.D = Discriminator(**source["discriminator_args"])
+        self.R.load_state_dict(source["refiner"])
+        self.D.load_state_dict(source["discriminator"])
+        speed_up(self.R, device, args.precision, args.compile)
+        speed_up(self.D, device, args.precision, args.compile)
+        self.optimizer_R = make_optimizer(args.optimizer, self.R.parameters(), args.lr)
+        self.optimizer_D = make_optimizer(args.d_optimizer, self.D.parameters(), args.d_lr)
+        self.random = torch.Generator().manual_seed(args.seed)   # the only source of randomness
+        self.history = History(args.history * args.batch_size, self.random)
+        self.step, self.log = 0, []
+        self.best = {"step": 0, "score": -math.inf, "refiner": {}}
+        if source["stage"] == "gan":
+            self.optimizer_R.load_state_dict(source["optimizer_R"])
+            self.optimizer_D.load_state_dict(source["optimizer_D"])
+            self.random.set_state(source["random"])
+            self.history.images = source["history"].to(device)
+            self.step, self.log, self.best = source["step"], source["log"], source["best"]
+
+    def batch(self, images, n):
+        """n random images of uint8 [N, 3, H, W] as network input."""
+        index = torch.randint(len(images), (n,), generator=self.random)
+        return to_float(images[index].to(self.device))
+
+    def judge(self, window):
+        """Keep R if the log rows of `window` score higher than all before."""
+        if score(window) > self.best["score"]:
+            self.best = {"step": self.step, "score": score(window),
+                         "refiner": {k: v.clone() for k, v in self.R.state_dict().items()}}
+
+    def save(self, settings):
+        """Write log.csv, gan.pt (once there is a best step) and last.pt, each one whole."""
+        rows = [[str(i + 1)] + [f"{v:.6g}" for v in row] for i, row in enumerate(self.log)]
+        write_text(self.args.run / "log.csv",
+                   "".join(",".join(row) + "\n" for row in [["step"] + COLUMNS] + rows))
+        if self.best["step"]:
+            save_checkpoint(self.args.run / "gan.pt", "best", settings=settings,
+                            refiner_args=self.R.args, **self.best)
+        save_checkpoint(self.args.run / "last.pt", "gan", settings=settings, step=self.step,
+                        log=self.log, best=self.best, history=self.history.images.cpu(),
+                        refiner_args=self.R.args, refiner=self.R.state_dict(),
+                        discriminator_args=self.D.args, discriminator=self.D.state_dict(),
+                        optimizer_R=self.optimizer_R.state_dict(),
+                        optimizer_D=self.optimizer_D.state_dict(),
+                        random=self.random.get_state())
 
 
 def arguments():
@@ -151,6 +275,14 @@ def arguments():
     return args
 
 
+def load_data(folder):
+    """Training images of both domains, and up to 64 fixed test pairs for pictures and SSIM."""
+    synthetic, real, *pairs = [load_images(folder / d / s) for s in ("train", "test")
+                               for d in ("synthetic", "real")]
+    n = min(64, *map(len, pairs))
+    return synthetic, real, [images[:n] for images in pairs]
+
+
 def main():
     args = arguments()
     device = pick_device(args.device)
@@ -164,130 +296,49 @@ def main():
                         "finish it with pretrain.py --resume")
     announce("train_gan.py", device, args.seed, f"{args.data}/ and {args.run}/pretrain.pt",
              f"{args.run}/")
-
-    synthetic = load_images(args.data / "synthetic" / "train")
-    real = load_images(args.data / "real" / "train")
-    pairs = [load_images(args.data / d / "test")[:64] for d in ("synthetic", "real")]
-    pairs = [images[:min(map(len, pairs))] for images in pairs]       # fixed, for SSIM
-    random = torch.Generator().manual_seed(args.seed)         # the only source of randomness
-
-    def batch(images, n=args.batch_size):
-        index = torch.randint(len(images), (n,), generator=random)
-        return to_float(images[index].to(device))
-
-    source = state or pretrained
-    R = Refiner(**source["refiner_args"])
-    D = Discriminator(**source["discriminator_args"])
-    R.load_state_dict(source["refiner"])
-    D.load_state_dict(source["discriminator"])
-    R = speed_up(R, device, args.precision, args.compile)
-    D = speed_up(D, device, args.precision, args.compile)
-    optimizer_R = make_optimizer(args.optimizer, R.parameters(), args.lr)
-    optimizer_D = make_optimizer(args.d_optimizer, D.parameters(), args.d_lr)
-    history = History(args.history * args.batch_size, random)
-    n_old = args.batch_size // 2 if args.history else 0       # of D's refined batch
-    start, log, best = 0, [], {"step": 0, "score": -math.inf, "refiner": {}}
-    if state:
-        optimizer_R.load_state_dict(state["optimizer_R"])
-        optimizer_D.load_state_dict(state["optimizer_D"])
-        random.set_state(state["random"])
-        history.images = state["history"].to(device)
-        start, log, best = state["step"], state["log"], state["best"]
-    elif args.history:
+    synthetic, real, pairs = load_data(args.data)
+    run = Run(args, device, state or pretrained)
+    R, D, n = run.R, run.D, args.batch_size
+    n_old = n // 2 if args.history else 0                     # of D's refined batch
+    if not run.step:                                          # the history is never empty
         with torch.no_grad():
-            history.add(to_uint8(R(batch(synthetic))))
-
-    def update_R():
-        """One step on L_R with D fixed; returns L_adv, L_rec and mean |R(x) - x|."""
-        D.requires_grad_(False)
-        x = batch(synthetic)
-        refined = R(x)                                                # x' = R(x)
-        loss_adv = patch_loss(D(refined), REAL)                       # Eq 3: -log(1 - D(x'))
-        change = (refined - x).abs().mean()
-        loss_rec = args.rec_batch * VALUES * change                   # Eq 4: an L1 sum
-        loss_R = args.alpha * loss_adv + args.beta * loss_rec         # Eq 2
-        optimizer_R.zero_grad()
-        loss_R.backward()
-        optimizer_R.step()
-        D.requires_grad_(True)
-        return loss_adv, loss_rec, change
-
-    def update_D():
-        """One step on L_D with R fixed; returns both losses and the share of right patches."""
-        with torch.no_grad():
-            new = to_uint8(R(batch(synthetic, args.batch_size - n_old)))
-        old = history.sample(n_old) if n_old else new[:0]
-        logits_refined, logits_real = D(to_float(torch.cat([new, old]))), D(batch(real))
-        loss_refined = patch_loss(logits_refined, REFINED)            # Eq 1: -log D(x')
-        loss_real = patch_loss(logits_real, REAL)                     #       -log(1 - D(y))
-        optimizer_D.zero_grad()
-        (loss_refined + loss_real).backward()
-        optimizer_D.step()
-        if args.history:
-            history.add(new)
-        return (loss_real, loss_refined, (logits_real.argmax(1) == REAL).float().mean(),
-                (logits_refined.argmax(1) == REFINED).float().mean())
-
-    @torch.no_grad()
-    def sample(step):
-        """A picture of fixed test images at this step; returns their mean SSIM to fixed real
-        ones (never used to choose anything)."""
-        refined = torch.cat([to_uint8(R(to_float(x.to(device)))).cpu() for x in pairs[0].split(8)])
-        x, y, r = pairs[0][:6], pairs[1][:6], refined[:6]
-        save_grid(args.run / "samples" / f"step_{step:06d}.png",
-                  {"synthetic": x, "refined": r, "real": y,
-                   "|difference|": (r.int() - x.int()).abs().to(torch.uint8)})
-        return ssim(refined, pairs[1]).mean().item()
-
-    def save(step):
-        write_text(args.run / "log.csv", "\n".join(
-            [",".join(["step"] + COLUMNS)] + [",".join([str(i + 1)] + [f"{v:.6g}" for v in row])
-                                              for i, row in enumerate(log)]) + "\n")
-        if best["step"]:
-            save_checkpoint(args.run / "gan.pt", "best", settings=settings, step=best["step"],
-                            score=best["score"], refiner_args=R.args, refiner=best["refiner"])
-        save_checkpoint(args.run / "last.pt", "gan", settings=settings, step=step, log=log,
-                        best=best, refiner_args=R.args, refiner=R.state_dict(),
-                        discriminator_args=D.args, discriminator=D.state_dict(),
-                        optimizer_R=optimizer_R.state_dict(),
-                        optimizer_D=optimizer_D.state_dict(), history=history.images.cpu(),
-                        random=random.get_state())
+            run.history.add(to_uint8(R(run.batch(synthetic, n))))
 
     warm_up = min(WARM_UP, args.steps // 2)
     stop, said, clock = stop_requests(), set(), time.perf_counter()
-    bar = progress(total=args.steps, initial=start, unit="step", desc=f"train_gan {args.method}")
-    for step in range(start + 1, args.steps + 1):
-        update_R()
-        adv, rec, change = update_R()
-        d_losses = update_D()
-        values = torch.stack([adv, rec, *d_losses, change]).tolist()
-        if not all(map(math.isfinite, values)):
-            bad = next(c for c, v in zip(COLUMNS, values) if not math.isfinite(v))
-            raise UserError(f"step {step}: {bad} is not finite; the last good state is in "
-                            f"{args.run / 'last.pt'} (if any was saved); try a smaller --lr")
+    bar = progress(total=args.steps, initial=run.step, unit="step", desc=f"GAN {args.method}")
+    while run.step < args.steps:
+        for _ in range(2):
+            r_values = update_R(R, D, run.optimizer_R, run.batch(synthetic, n), args.alpha,
+                                args.beta, args.rec_batch)
+        d_values = update_D(R, D, run.optimizer_D, run.batch(synthetic, n - n_old),
+                            run.batch(real, n), run.history, n_old)
+        adv, rec, change, *d_values = torch.stack([*r_values, *d_values]).tolist()
+        run.step += 1
         now = time.perf_counter()
-        log.append(values + [len(history), args.batch_size / (now - clock), math.nan])
+        run.log.append([adv, rec, *d_values, change, len(run.history), n / (now - clock),
+                        math.nan])
         clock = now
-        bar.set_postfix_str(f"adv {adv:.2f} |R(x)-x| {change:.3f} D real {d_losses[0]:.2f} "
-                            f"refined {d_losses[1]:.2f}", refresh=False)
+        check_finite(run.log[-1], run.step, args.run)
+        bar.set_postfix_str(f"adv {adv:.2f} |R(x)-x| {change:.3f} D real {d_values[0]:.2f} "
+                            f"refined {d_values[1]:.2f}", refresh=False)
         bar.update()
-        if step % args.sample_every == 0 or step == args.steps:
-            log[-1][-1] = sample(step)
-            window = log[-args.sample_every:]
-            watch(window, step, said)
-            if score(window) > best["score"] and step > warm_up:
-                best = {"step": step, "score": score(window),
-                        "refiner": {k: v.clone() for k, v in R.state_dict().items()}}
-        if step % args.save_every == 0 or step == args.steps or stop:
-            save(step)
+        if run.step % args.sample_every == 0 or run.step == args.steps:
+            run.log[-1][-1] = sample(R, pairs, args.run / f"samples/step_{run.step:06d}.png",
+                                     device)
+            watch(run.log[-args.sample_every:], run.step, said)
+            if run.step > warm_up:
+                run.judge(run.log[-args.sample_every:])
+        if run.step % args.save_every == 0 or run.step == args.steps or stop:
+            run.save(settings)
         if stop:
             raise KeyboardInterrupt
     bar.close()
-    draw_curves(args.run / "curves.png", log, args.sample_every, best["step"])
-    print(f"best step by the paper's rule: {best['step']} of {args.steps} (score "
-          f"{best['score']:.3f})")
+    draw_curves(args.run / "curves.png", run.log, args.sample_every, run.best["step"])
+    print(f"best step by the paper's rule: {run.best['step']} of {args.steps} (score "
+          f"{run.best['score']:.3f})")
     print(f"done: {args.run / 'gan.pt'}, {args.run / 'curves.png'}, {args.run / 'samples'}/")
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

@@ -1,0 +1,123 @@
+"""What users type: every command of the README parses, every mistake gets its one line."""
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, call
+
+SCRIPTS = ["prepare", "pretrain", "train_gan", "refine", "evaluate", "segment"]
+
+
+def commands_in(path):
+    """Every line of the form `python SCRIPT.py ...` or `make ...` in a text file, joined over
+    trailing backslashes; comments after two spaces are cut off."""
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"^(?:    |\$ )?((?:python [a-z_]+\.py|make [a-z]+).*)$", text, re.M)
+    return [re.split(r"\s{3,}|\s+#", line)[0].strip() for line in found]
+
+
+README_COMMANDS = commands_in(ROOT / "README.md")
+
+
+def test_the_readme_has_commands_of_every_stage():
+    for script in SCRIPTS:
+        assert any(f"python {script}.py" in c for c in README_COMMANDS), script
+    assert {"make demo", "make test"} <= set(README_COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted({
+    c for name in ["README.md"] + [f"{s}.py" for s in SCRIPTS] for c in commands_in(ROOT / name)
+    if c.startswith("python")}))
+def test_documented_command_parses(command, monkeypatch):
+    """README and docstrings: the script's own parser takes the command as it is printed."""
+    _, script, *argv = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    importlib.import_module(script.removesuffix(".py")).arguments()
+
+
+@pytest.mark.parametrize("command", sorted({c for c in README_COMMANDS if c.startswith("make")}))
+def test_documented_make_target_exists(command):
+    done = subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=ROOT,
+                          capture_output=True, text=True, env={**os.environ, "MAKEFLAGS": ""})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_defaults_and_marks_the_papers(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).arguments()
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "default: " in text and "--seed" in text
+    assert "(paper)" in text or script in ("refine", "evaluate", "segment")
+
+
+def test_the_papers_values_are_the_defaults(monkeypatch):
+    """Section 5.1: sizes, crop, steps, learning rates, alpha and beta; 200 test images."""
+    wanted = {"prepare": {"size": [80, 160], "crop": [200, 600, 400, 600], "test": 200},
+              "pretrain": {"steps": 1200, "d_steps": 400, "lr": 1e-4, "d_lr": 1e-3},
+              "train_gan": {"alpha": 50, "beta": 4e-6, "steps": 5000, "lr": 1e-4, "d_lr": 1e-3,
+                            "rec_batch": 512}}
+    for script, values in wanted.items():
+        monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+        args = vars(importlib.import_module(script).arguments())
+        assert {k: args[k] for k in values} == values
+
+
+# script and arguments -> words of the one line on stderr. {t} is an empty folder.
+MISTAKES = [
+    ("pretrain.py --data nowhere", "nowhere/synthetic/train/images prepare.py"),
+    ("pretrain.py --method other", "--method"),
+    ("pretrain.py --steps 0", "--steps above 0"),
+    ("pretrain.py --lr -1", "--lr above 0"),
+    ("train_gan.py --alpha fifty", "--alpha"),
+    ("train_gan.py --alpha -1", "--alpha negative"),
+    ("train_gan.py", "runs/ours/pretrain.pt pretrain.py"),
+    ("train_gan.py --resume", "last.pt --resume"),
+    ("refine.py", "runs/ours/gan.pt train_gan.py"),
+    ("refine.py --checkpoint broken.pt", "broken.pt damaged"),
+    ("refine.py --checkpoint evil.pt", "evil.pt"),
+    ("refine.py --checkpoint tensor.pt", "tensor.pt"),
+    ("evaluate.py", "data prepare.py"),
+    ("segment.py", "data real prepare.py"),
+    ("segment.py --network resnet", "--network unet"),
+    ("segment.py --batch-size 1", "--batch-size two"),
+]
+
+
+class Evil:
+    """A pickle that would create a file when it is loaded."""
+
+    def __reduce__(self):
+        return os.system, ("touch was_run",)
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("empty")
+    (cwd / "broken.pt").write_bytes(b"half of a checkpoint")
+    torch.save(Evil(), cwd / "evil.pt")
+    torch.save(torch.zeros(3), cwd / "tensor.pt")
+    return cwd
+
+
+@pytest.mark.parametrize("command, words", MISTAKES)
+def test_a_mistake_gets_one_line_and_status_2(command, words, empty):
+    _, err = call(*shlex.split(command), cwd=empty, status=2)
+    last = err.strip().splitlines()[-1]
+    assert "Traceback" not in err and ": error: " in last
+    for word in words.split():
+        assert word in last, last
+    assert not (empty / "was_run").exists()
+    assert not (empty / "results").exists() and not (empty / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_asked_for_and_absent(empty):
+    _, err = call("pretrain.py", "--device", "cuda", cwd=empty, status=2)
+    assert "--device cpu" in err

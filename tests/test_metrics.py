@@ -1,0 +1,269 @@
+"""The metrics against golden values, closed forms and direct sums."""
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+
+from evaluate import jackknife
+from models import fid, kid, ssim
+from segment import confusion, scores
+
+# ------------------------------------------------------------------------------------- SSIM
+
+
+def golden_pairs():
+    """Nine image pairs [H, W, 3] that anybody can draw again, from noise to flat."""
+    r = np.random.RandomState(0).randint(0, 256, (2, 80, 160, 3)).astype(np.uint8)
+    noise = np.random.RandomState(1).randint(-20, 21, r[0].shape)
+    y, x, c = np.mgrid[:80, :160, :3]
+    a = ((3 * y + x + 40 * c) % 256).astype(np.uint8)
+    b = ((2 * y + 2 * x + 25 * c) % 256).astype(np.uint8)
+    flat = np.full_like(a, 100)
+    return {"noise": (r[0], r[1]),
+            "little noise": (r[0], np.clip(r[0] + noise, 0, 255).astype(np.uint8)),
+            "ramps": (a, b), "negative": (a, 255 - a), "darker": (a, a // 2 + 30),
+            "same": (a, a), "flat": (flat, flat + 50),
+            "one window": (r[0][:11, :11], r[1][:11, :11]), "one row": (a[:11, :37], b[:11, :37])}
+
+
+# tf.image.ssim(uint8, max_val=255) of TensorFlow 2.21; the tolerance to it (its float32 loses
+# digits on flat windows); the exact value in float64.
+GOLDEN = [
+    ("noise", -0.000057, 5e-5, -0.000056), ("little noise", 0.987337, 5e-5, 0.987336),
+    ("ramps", 0.638190, 5e-5, 0.638190), ("negative", 0.024221, 2e-4, 0.024255),
+    ("darker", 0.852567, 2e-4, 0.852584), ("same", 1.0, 5e-5, 1.0),
+    ("flat", 0.922935, 2e-4, 0.923092), ("one window", 0.054042, 5e-5, 0.054042),
+    ("one row", 0.930299, 5e-5, 0.930300)]
+
+
+def as_batch(image):
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
+
+
+@pytest.mark.parametrize("pair, tensorflow, tolerance, exact", GOLDEN)
+def test_ssim_equals_tensorflow_and_the_exact_value(pair, tensorflow, tolerance, exact):
+    """Wang et al. 2004 as tf.image.ssim computes it; 1e-6 is the last digit of the table."""
+    x, y = map(as_batch, golden_pairs()[pair])
+    assert ssim(x, y).item() == pytest.approx(tensorflow, abs=tolerance)
+    assert ssim(x.double(), y.double()).item() == pytest.approx(exact, abs=1e-6)
+
+
+def random_images(n, seed=0):
+    return torch.randint(0, 256, (n, 3, 32, 40), generator=torch.Generator().manual_seed(seed),
+                         dtype=torch.uint8)
+
+
+def test_ssim_is_symmetric_and_one_on_itself():
+    """Both follow from the formula: x and y enter alike, and equal moments cancel."""
+    x, y = random_images(3, 0).double(), random_images(3, 1).double()
+    torch.testing.assert_close(ssim(x, y), ssim(y, x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ssim(x, x), torch.ones(3).double(), rtol=0, atol=1e-12)
+
+
+def test_ssim_falls_with_growing_noise():
+    """The order that a similarity must keep."""
+    x = as_batch(golden_pairs()["ramps"][0]).double()
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
+    values = [ssim(x, x + sigma * noise).item() for sigma in (0, 2, 5, 10, 30, 80)]
+    assert values == sorted(values, reverse=True) and values[-1] < 0.5
+
+
+def test_ssim_of_a_batch_is_that_of_each_pair():
+    """[N, 3, H, W] twice -> [N]: no pair may see another."""
+    x, y = random_images(4, 0), random_images(4, 1)
+    singles = torch.cat([ssim(x[i:i + 1], y[i:i + 1]) for i in range(4)])
+    assert ssim(x, y).shape == (4,)
+    torch.testing.assert_close(ssim(x, y), singles, rtol=0, atol=1e-6)
+
+
+def test_ssim_max_val_is_the_range():
+    """C1 and C2 scale with L: [0, 255] with 255 is [0, 1] with 1, and not [0, 255] with 1."""
+    x, y = random_images(2, 0).double(), random_images(2, 1).double()
+    torch.testing.assert_close(ssim(x, y, 255), ssim(x / 255, y / 255, 1), rtol=0, atol=1e-12)
+    assert (ssim(x, y, 255) - ssim(x, y, 1)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("shape_x, shape_y", [
+    ((1, 3, 10, 40), (1, 3, 10, 40)), ((1, 3, 40, 10), (1, 3, 40, 10)),
+    ((1, 3, 40, 40), (1, 3, 40, 41)), ((1, 3, 40, 40), (2, 3, 40, 40))])
+def test_ssim_refuses_what_it_cannot_compare(shape_x, shape_y):
+    """No 11 x 11 window lies inside, or the shapes differ (and must not broadcast)."""
+    with pytest.raises(ValueError):
+        ssim(torch.zeros(shape_x), torch.zeros(shape_y))
+
+
+# -------------------------------------------------------------------------------------- FID
+
+
+def exact_features(n, mean, root, seed):
+    """n features whose sample mean is `mean` and whose covariance is root @ root.T, exactly."""
+    x = torch.randn(n, len(mean), generator=torch.Generator().manual_seed(seed)).double()
+    q = torch.linalg.qr(x - x.mean(0))[0] * (n - 1) ** 0.5       # covariance: the identity
+    return q @ root.T + mean
+
+
+def random_features(n, d, seed):
+    """Correlated features with a mean."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=g).double()
+    return torch.randn(n, d, generator=g).double() @ mix + torch.randn(d, generator=g).double()
+
+
+def test_fid_with_equal_covariance_is_the_mean_gap():
+    """Heusel et al. 2017: with S1 = S2 the trace term is 0 and |m1 - m2|^2 is left."""
+    a = random_features(50, 5, 0)
+    shift = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0]).double()
+    assert fid(a, a + shift) == pytest.approx(14.25, rel=1e-10)
+
+
+def test_fid_of_diagonal_covariances():
+    """Frechet distance of Gaussians with independent axes: sum (m1-m2)^2 + (s1-s2)^2."""
+    m1, m2 = torch.tensor([0.0, 1.0, 2.0]).double(), torch.tensor([1.0, 1.0, 0.0]).double()
+    s1, s2 = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([2.0, 0.5, 3.0]).double()
+    a, b = exact_features(40, m1, s1.diag(), 0), exact_features(25, m2, s2.diag(), 1)
+    assert fid(a, b) == pytest.approx(5 + 1 + 2.25, rel=1e-10)
+
+
+@pytest.mark.parametrize("n1, n2", [(40, 40), (40, 71)])
+def test_fid_equals_the_formula_with_sqrtm(n1, n2):
+    """|m1-m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)), S with N - 1, as every FID package has it."""
+    a, b = random_features(n1, 6, 0), random_features(n2, 6, 1)
+    s1, s2 = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
+    gap = ((a.mean(0) - b.mean(0)) ** 2).sum().item()
+    wanted = gap + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
+    assert fid(a, b) == pytest.approx(wanted, rel=1e-8)
+    assert fid(b, a) == pytest.approx(wanted, rel=1e-8)                     # symmetric
+
+
+@pytest.mark.parametrize("n, d", [(50, 6), (10, 64), (2001, 6)])
+def test_fid_of_a_set_against_itself_is_zero(n, d):
+    """Never below 0, also for fewer features than dimensions and in the branch for large N."""
+    a = random_features(n, d, 0)
+    assert 0 <= fid(a, a) < 1e-6
+    assert 0 <= fid(a, a.flip(0)) < 1e-6
+
+
+@pytest.mark.parametrize("rank", [16, 5])
+def test_fid_branches_agree(rank):
+    """More than 2000 features take another formula; sets with the very same moments must give
+    the same FID in both. With rank 5 the covariances are singular."""
+    g = torch.Generator().manual_seed(0)
+    m1, m2 = torch.randn(2, 16, generator=g).double()
+    root1, root2 = torch.randn(2, 16, 16, generator=g).double()
+    root1[:, rank:] = root2[:, rank:] = 0
+    small, large = ([exact_features(n, m1, root1, 1), exact_features(n, m2, root2, 2)]
+                    for n in (200, 2001))
+    assert fid(*large) == pytest.approx(fid(*small), rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------- KID
+
+
+def test_kid_equals_the_direct_sum():
+    """Binkowski et al. 2018, unbiased MMD^2, k = (x.y/d + 1)^3: no i = j within a set."""
+    a, b = random_features(5, 3, 0), random_features(7, 3, 1)
+
+    def k(x, y):
+        return (sum(x * y) / 3 + 1) ** 3
+
+    within_a = sum(k(a[i], a[j]) for i in range(5) for j in range(5) if i != j) / (5 * 4)
+    within_b = sum(k(b[i], b[j]) for i in range(7) for j in range(7) if i != j) / (7 * 6)
+    between = sum(k(x, y) for x in a for y in b) / (5 * 7)
+    wanted = (within_a + within_b - 2 * between).item()
+    assert kid(a, b) == pytest.approx(wanted, rel=1e-10)
+    assert kid(b, a) == pytest.approx(wanted, rel=1e-10)                    # symmetric
+
+
+def test_kid_is_unbiased():
+    """Two sets of one distribution: 0 on average, hence below 0 about half of the time."""
+    g = torch.Generator().manual_seed(0)
+    values = np.array([kid(*torch.randn(2, 10, 4, generator=g)) for _ in range(600)])
+    assert abs(values.mean()) < 4 * values.std(ddof=1) / 600 ** 0.5
+    assert (values < 0).mean() > 0.3
+
+
+# -------------------------------------------------------------------------------- jackknife
+
+
+def mean_gap(a, b):
+    return (a.mean() - b.mean()).item()
+
+
+def test_jackknife_of_pairs_is_the_paired_standard_error():
+    """One group per image leaves out a_i and b_i together. For the difference of means
+    t_i - mean t = -(d_i - mean d) / (n - 1) with d = a - b, so the result is s_d / sqrt(n)."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 12, generator=g).double()
+    b = b + 0.8 * a
+    wanted = (a - b).std().item() / 12 ** 0.5
+    assert jackknife(mean_gap, a, b, groups=12) == pytest.approx(wanted, rel=1e-10)
+    assert jackknife(mean_gap, a, b, groups=99) == pytest.approx(wanted, rel=1e-10)
+
+
+def test_jackknife_of_independent_sets_is_the_classical_standard_error():
+    """With no correlation between a and b, s_d^2 = s_a^2 + s_b^2: the two-sample formula."""
+    a, b = exact_features(20, torch.zeros(2).double(), torch.tensor([2.0, 3.0]).double().diag(),
+                          0).T
+    wanted = ((4 + 9) / 20) ** 0.5
+    assert jackknife(mean_gap, a, b, groups=20) == pytest.approx(wanted, rel=1e-10)
+
+
+def test_jackknife_of_groups():
+    """Ten groups of equal size: the standard error of ten differences of group means; the
+    two sets may differ in size."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(30, generator=g).double(), torch.randn(50, generator=g).double()
+    d = a.view(3, 10).mean(0) - b.view(5, 10).mean(0)             # image i is in group i % 10
+    wanted = d.std().item() / 10 ** 0.5
+    assert jackknife(mean_gap, a, b, groups=10) == pytest.approx(wanted, rel=1e-10)
+
+
+# --------------------------------------------------------------------- mIoU, pixel accuracy
+
+TRUTH = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 255]])
+PREDICTED = torch.tensor([[0, 0, 1, 0], [0, 1, 1, 1]])
+
+
+def test_confusion_counts_truth_in_rows_and_leaves_255_out():
+    """Seven known pixels: a void pixel is no error, whatever was predicted there."""
+    predicted = torch.tensor([[0, 0, 1, 3], [0, 1, 1, 1]])
+    wanted = torch.tensor([[3, 1, 0, 0], [0, 2, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
+    assert torch.equal(confusion(TRUTH, predicted, 4), wanted)
+    uint8 = confusion(TRUTH.to(torch.uint8), predicted.to(torch.uint8), 4)
+    assert torch.equal(uint8, wanted) and uint8.dtype == torch.int64
+
+
+def test_scores_leave_absent_classes_out():
+    """cityscapesScripts: IoU 3/5 and 2/4; classes 2 and 3 have none and are not averaged."""
+    s = scores(confusion(TRUTH, PREDICTED, 4))
+    assert s["mIoU"] == pytest.approx(0.55, abs=1e-12) and s["classes"] == 2
+    assert s["accuracy"] == pytest.approx(100 * 5 / 7, abs=1e-10)
+    assert s["IoU"][:2] == pytest.approx([0.6, 0.5]) and np.isnan(s["IoU"][2:]).all()
+
+
+def test_scores_count_a_class_that_is_only_predicted():
+    """A class that is predicted but never true has IoU 0 and is averaged."""
+    predicted = torch.tensor([[0, 0, 1, 3], [0, 1, 1, 1]])
+    s = scores(confusion(TRUTH, predicted, 4))
+    assert s["mIoU"] == pytest.approx((0.75 + 0.5 + 0) / 3, abs=1e-12)      # 0.416667
+    assert s["IoU"][3] == 0 and s["classes"] == 3
+
+
+def test_scores_of_an_empty_matrix():
+    """An all-void test set: accuracy 0, no class, mIoU nan rather than a number."""
+    s = scores(confusion(torch.full((2, 4), 255), PREDICTED, 4))
+    assert s["accuracy"] == 0 and s["classes"] == 0 and np.isnan(s["mIoU"])
+
+
+def test_confusion_is_one_matrix_over_the_test_set():
+    """No mean over images: their order and an all-void image among them change nothing."""
+    g = torch.Generator().manual_seed(0)
+    truth, predicted = torch.randint(0, 19, (2, 6, 8, 9), generator=g)
+    truth[2] = 255
+    whole = confusion(truth, predicted)
+    order = [5, 2, 0, 3, 1, 4]
+    assert torch.equal(confusion(truth[order], predicted[order]), whole)
+    assert torch.equal(sum(map(confusion, truth, predicted)), whole)
+    keep = [0, 1, 3, 4, 5]
+    assert torch.equal(confusion(truth[keep], predicted[keep]), whole)
+    assert whole.sum() == 5 * 8 * 9 and np.isfinite(scores(whole)["accuracy"])

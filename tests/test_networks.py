@@ -1,0 +1,437 @@
+"""The networks, Inception's weights and the checkpoints. Random weights, no download."""
+import math
+import pickle
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import models
+from models import (DeepLabV3Plus, Discriminator, Refiner, UNet, inception_features,
+                    keras_average_pool, load_checkpoint, load_inception, patch_loss, pick_device,
+                    same_pad, save_checkpoint, to_float, to_uint8)
+from prepare import UserError
+
+
+def random_images(n, height=80, width=160, seed=0):
+    """uint8 [n, 3, height, width]."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, height, width), generator=g, dtype=torch.uint8)
+
+
+@pytest.fixture(autouse=True)
+def same_weights_every_time():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def deeplab():
+    return DeepLabV3Plus().eval()
+
+
+# ----------------------------------------------------------------------- shapes and sizes
+
+
+def parameters(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_parameter_counts(deeplab):
+    """By hand for R (3*64*16+64, ten times 64*64*16+64, 64*3+3) and D (Table 1); the sum of
+    the published layers for the segmenters."""
+    assert parameters(Refiner()) == 659_331
+    assert parameters(Discriminator()) == 125_250
+    assert parameters(UNet()) == 7_763_635
+    assert parameters(deeplab) == 40_351_667
+
+
+@pytest.mark.parametrize("height, width", [(80, 160), (40, 80)])
+def test_refiner_keeps_the_size_and_the_range(height, width):
+    """An image in, an image out: tanh keeps it in [-1, 1] whatever the weights."""
+    net = Refiner()
+    with torch.no_grad():
+        assert net(to_float(random_images(2, height, width))).shape == (2, 3, height, width)
+        net.last.weight *= 1000
+        y = net(to_float(random_images(1, height, width)))
+    assert y.min() >= -1 and y.max() <= 1 and y.abs().max() > 0.99
+
+
+@pytest.mark.parametrize("size, patches", [((80, 160), (4, 7)), ((40, 80), (2, 4))])
+def test_discriminator_gives_two_logits_per_patch(size, patches):
+    """Table 1 with SAME padding: every stride halves (or thirds) the map, rounded up."""
+    with torch.no_grad():
+        assert Discriminator()(to_float(random_images(2, *size))).shape == (2, 2, *patches)
+
+
+@pytest.mark.parametrize("height, width", [(80, 160), (40, 80), (50, 70)])
+def test_segmenters_label_every_pixel(deeplab, height, width):
+    """19 logits per pixel at the size of the image, also where 16 does not divide it."""
+    x = to_float(random_images(1, height, width))
+    with torch.no_grad():
+        assert UNet().eval()(x).shape == (1, 19, height, width)
+        assert deeplab(x).shape == (1, 19, height, width)
+
+
+@pytest.mark.parametrize("size, kernel, stride, rows, columns", [
+    ((80, 160), 5, 3, (1, 2), (2, 2)), ((27, 54), 4, 2, (1, 2), (1, 1)),
+    ((14, 27), 3, 2, (0, 1), (1, 1)), ((7, 14), 3, 2, (1, 1), (0, 1))])
+def test_same_pad_equals_tensorflow(size, kernel, stride, rows, columns):
+    """The pads (before, after) that TensorFlow's SAME gives each layer of D at 80 x 160."""
+    y = same_pad(torch.zeros(1, 1, *size), kernel, stride, value=1.0)[0, 0]
+    assert torch.equal(y, F.pad(torch.zeros(size), (*columns, *rows), value=1.0))
+
+
+def test_refiner_is_centred():
+    """An even kernel cannot be centred, but the ten of the blocks are in pairs: of the 34 x 34
+    pixels that an output pixel sees, 16 lie before it and 17 after, the one of the first layer."""
+    net = Refiner().double()
+    for name, p in net.named_parameters():
+        nn.init.constant_(p, 1e-3 if name.endswith("weight") else 1e-2)    # no ReLU ever cuts
+    x = torch.zeros(1, 3, 60, 70, dtype=torch.float64, requires_grad=True)
+    net(x)[0, 0, 30, 35].backward()
+    rows, columns = x.grad[0].sum(0).nonzero().unbind(1)
+    assert (rows.min(), rows.max()) == (30 - 16, 30 + 17)
+    assert (columns.min(), columns.max()) == (35 - 16, 35 + 17)
+
+
+@pytest.mark.parametrize("make", [Refiner, Discriminator])
+def test_an_image_does_not_depend_on_its_batch(make):
+    """No BatchNorm: the paper's R and D treat every image by itself."""
+    net, x = make(), to_float(random_images(3, 40, 80))
+    with torch.no_grad():
+        torch.testing.assert_close(net(x[1:2]), net(x)[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_to_float_and_to_uint8_are_inverse():
+    """All 256 values, 0 and 255 at the ends of [-1, 1]; out of range is clipped, not wrapped."""
+    values = torch.arange(256, dtype=torch.uint8)
+    x = to_float(values)
+    assert x[0] == -1 and x[-1] == 1
+    assert torch.equal(to_uint8(x), values)
+    assert torch.equal(to_uint8(x + 0.3 / 127.5), values)                 # rounded, not cut
+    assert to_uint8(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
+
+
+# ---------------------------------------------------------------------- patch loss, last ReLU
+
+
+def test_patch_loss_of_an_undecided_patch():
+    """Equal logits say 1/2, so that the loss is ln 2 for either target."""
+    logits = torch.zeros(2, 2, 4, 7)
+    for target in (0, 1):
+        assert patch_loss(logits, target).item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_patch_loss_by_hand():
+    """-log softmax, the mean over the patches; channel 0 is real, channel 1 is refined."""
+    logits = torch.tensor([[0.0, 1.0], [2.0, 1.0]]).view(1, 2, 1, 2)     # patches (0,2), (1,1)
+    p_refined = [math.exp(2) / (1 + math.exp(2)), 0.5]
+    wanted = [-sum(math.log(1 - p) for p in p_refined) / 2,
+              -sum(math.log(p) for p in p_refined) / 2]
+    assert patch_loss(logits, 0).item() == pytest.approx(wanted[0], rel=1e-6)
+    assert patch_loss(logits, 1).item() == pytest.approx(wanted[1], rel=1e-6)
+
+
+def test_final_relu_cuts_the_logits():
+    """Table 1's last ReLU: the same network, clipped at 0."""
+    plain, cut, x = Discriminator(), Discriminator(final_relu=True), to_float(random_images(4))
+    with torch.no_grad():
+        plain.conv5.bias -= plain(x).mean((0, 2, 3))                   # so that both signs occur
+        cut.load_state_dict(plain.state_dict())
+        assert (plain(x) < 0).any() and torch.equal(cut(x), plain(x).clamp(min=0))
+
+
+# ------------------------------------------------------------------------------- Inception
+
+
+@pytest.fixture(scope="module")
+def images():
+    return random_images(8)
+
+
+@pytest.fixture(scope="module")
+def pool3(images):
+    """The random Inception up to the 2048 numbers of FID."""
+    return load_inception("random", images=images)
+
+
+@pytest.fixture(scope="module")
+def full():
+    """torchvision's own network with auxiliary head and classifier, as its file has them."""
+    torch.manual_seed(1)
+    net = torchvision.models.inception_v3(weights=None, init_weights=False, aux_logits=True,
+                                          transform_input=False)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):          # a trained one is not 0 and 1
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 1e-4, 2e-4)
+    return net.eval()
+
+
+def without(state, *parts):
+    return {k: v for k, v in state.items() if not any(part in k for part in parts)}
+
+
+class Pooled(nn.Module):
+    """As torchvision's Inception blocks: branch_pool gets what F.avg_pool2d gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch_pool = nn.Identity()
+
+    def forward(self, x):
+        return self.branch_pool(F.avg_pool2d(x, kernel_size=3, stride=1, padding=1))
+
+
+def test_keras_average_pool_leaves_the_padding_out():
+    """Keras divides by the pixels that are there: 4 in a corner, 6 at an edge."""
+    net, x = Pooled(), torch.randn(2, 3, 5, 7)
+    net.branch_pool.register_forward_pre_hook(keras_average_pool)
+    wanted = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    torch.testing.assert_close(net(x), wanted)
+
+
+def test_every_inception_block_pools_as_keras(pool3):
+    """Mixed_5b-d, 6b-e and 7b-c have an averaging branch."""
+    blocks = [m for m in pool3.modules() if hasattr(m, "branch_pool")]
+    assert len(blocks) == 9
+    for block in blocks:
+        assert list(block.branch_pool._forward_pre_hooks.values()) == [keras_average_pool]
+
+
+@pytest.mark.parametrize("layer, shape", [
+    ("Conv2d_4a_3x3", (192, 16, 36)), ("Mixed_5d", (288, 7, 17)), ("Mixed_6e", (768, 3, 8))])
+def test_inception_layer_shapes(images, layer, shape):
+    """Keras' InceptionV3 gives these at 80 x 160; the layer itself (with its ReLU) is last."""
+    y = load_inception("random", layer, images)(to_float(images[:2]))
+    assert y.shape == (2, *shape) and y.min() >= 0
+
+
+def test_inception_pool3_is_frozen_and_not_flat(pool3, images):
+    """2048 numbers per image, which differ between images although the weights are random."""
+    y = pool3(to_float(images))
+    assert y.shape == (8, 2048) and not y.requires_grad and not pool3.training
+    assert y.isfinite().all() and y.std(0).mean() > 1e-3
+
+
+def test_inception_features_do_not_depend_on_the_batch_size(pool3, images):
+    """BatchNorm is in eval mode: an image's features are its own."""
+    one, all_ = (inception_features(pool3, images[:3], "cpu", batch_size=n) for n in (1, 3))
+    assert all_.shape == (3, 2048) and all_.dtype == torch.float64
+    torch.testing.assert_close(one, all_, rtol=1e-4, atol=1e-4 * all_.abs().max().item())
+
+
+def test_random_inception_is_reproducible(images, pool3):
+    """The seed decides the weights, and the caller's random state stays as it was."""
+    before = torch.get_rng_state()
+    again, other = (load_inception("random", "Conv2d_4a_3x3", images, seed) for seed in (0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    x = to_float(images[:2])
+    torch.testing.assert_close(again(x), pool3[:len(again)](x))
+    assert (again(x) - other(x)).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize("left_out", [
+    (), ("fc.",), ("fc.", "AuxLogits."),
+    ("num_batches_tracked",)])                       # files from before PyTorch 0.4.1 lack them
+def test_inception_from_a_file(full, images, tmp_path, left_out):
+    """torchvision's state dict, with or without what the features do not need: the output is
+    that of torchvision's own layers, so nothing was left at its random start."""
+    torch.save(without(full.state_dict(), *left_out), tmp_path / "net.pt")
+    x = to_float(images[:2])
+    stem = list(full.children())[:6]                                  # to Conv2d_4a_3x3
+    with torch.no_grad():
+        wanted = nn.Sequential(*stem)(x)
+    net = load_inception(tmp_path / "net.pt", "Conv2d_4a_3x3")
+    assert wanted.std() > 1e-3
+    torch.testing.assert_close(net(x), wanted)
+    deep = load_inception(tmp_path / "net.pt")
+    assert torch.equal(deep[-3].branch1x1.conv.weight, full.Mixed_7c.branch1x1.conv.weight)
+
+
+def test_inception_from_a_half_precision_file(full, images, tmp_path):
+    """float16 files (half the size) give the same features up to float16's 11 bits."""
+    half = {k: v.half() if v.is_floating_point() else v for k, v in full.state_dict().items()}
+    torch.save(full.state_dict(), tmp_path / "single.pt")
+    torch.save(half, tmp_path / "half.pt")
+    x = to_float(images[:2])
+    single, half = (load_inception(tmp_path / f"{n}.pt", "Mixed_5d")(x) for n in
+                    ("single", "half"))
+    assert half.dtype == torch.float32
+    assert 0 < (half - single).norm() < 5e-3 * single.norm()
+
+
+def save_garbage(path, full):
+    path.write_bytes(bytes(range(256)) * 20)
+
+
+def save_nothing(path, full):
+    path.write_bytes(b"")
+
+
+def save_text(path, full):
+    path.write_text(". and then some text\n" * 5)
+
+
+def save_tensor(path, full):
+    torch.save(torch.zeros(3), path)
+
+
+def save_other_network(path, full):
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+
+
+def save_our_checkpoint(path, full):
+    save_checkpoint(path, "pretrain", step=3, refiner=Refiner().state_dict())
+
+
+def save_wrong_shape(path, full):
+    torch.save({**full.state_dict(), "Mixed_5b.branch1x1.conv.weight": torch.zeros(1)}, path)
+
+
+def save_part(path, full):
+    torch.save(without(full.state_dict(), "Mixed_7c"), path)
+
+
+@pytest.mark.parametrize("save", [
+    save_garbage, save_nothing, save_text, save_tensor, save_other_network, save_our_checkpoint,
+    save_wrong_shape, save_part])
+def test_inception_refuses_another_file(full, tmp_path, save):
+    """Whatever is in the file: one error that names the flag and the file."""
+    save(tmp_path / "net.pt", full)
+    with pytest.raises(UserError, match="--inception .*net.pt"):
+        load_inception(tmp_path / "net.pt")
+
+
+def test_inception_refuses_a_missing_file_and_an_unknown_layer(images, tmp_path):
+    """The error names the flag; for a layer it lists what there is."""
+    with pytest.raises(UserError, match="--inception .*none.pt"):
+        load_inception(tmp_path / "none.pt")
+    for layer in ("conv2d_4", "fc"):
+        with pytest.raises(UserError, match=f"--layer {layer}.*Conv2d_4a_3x3"):
+            load_inception("random", layer, images)
+
+
+@pytest.mark.parametrize("error", [
+    urllib.error.URLError("no network"), RuntimeError("invalid hash value")])
+def test_failed_download_names_the_other_choices(monkeypatch, error):
+    """Without a network the default cannot work; the message says what can."""
+    def fail(*_, **__):
+        raise error
+    monkeypatch.setattr(torchvision.models.Inception_V3_Weights, "get_state_dict", fail)
+    with pytest.raises(UserError) as caught:
+        load_inception("imagenet")
+    for words in ("--inception imagenet", "--inception PATH", "--inception random"):
+        assert words in str(caught.value)
+
+
+def test_imagenet_is_torchvisions_state_dict(monkeypatch, full):
+    """"imagenet" takes what torchvision gives (here a stand-in), classifier and all."""
+    monkeypatch.setattr(torchvision.models.Inception_V3_Weights, "get_state_dict",
+                        lambda *_, **__: full.state_dict())
+    net = load_inception("imagenet", "Conv2d_1a_3x3")
+    assert torch.equal(net[0].conv.weight, full.Conv2d_1a_3x3.conv.weight)
+
+
+def test_backbone_weights_from_a_file(tmp_path):
+    """DeepLabV3+ takes a ResNet-50's state dict; another file is an error naming the flag."""
+    backbone = torchvision.models.resnet50()
+    torch.save(backbone.state_dict(), tmp_path / "resnet50.pt")
+    net = DeepLabV3Plus(backbone_weights=tmp_path / "resnet50.pt")
+    assert torch.equal(net.deep[2][2].conv3.weight, backbone.layer4[2].conv3.weight)
+    save_our_checkpoint(tmp_path / "other.pt", None)
+    with pytest.raises(UserError, match="--backbone-weights .*other.pt"):
+        DeepLabV3Plus(backbone_weights=tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x"])
+def test_an_unknown_device_is_a_user_error(name):
+    """`--device gpu` is a likely slip."""
+    with pytest.raises(UserError, match="--device"):
+        pick_device(name)
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+
+def test_checkpoint_round_trip(tmp_path):
+    """Tensors, numbers, lists and dicts come back as they were, the stage with them."""
+    path, weights = tmp_path / "a.pt", Refiner(8, 1).state_dict()
+    save_checkpoint(path, "gan", step=7, settings={"lr": 1e-4, "layers": ["a", None]},
+                    weights=weights)
+    state = load_checkpoint(path, ["pretrain", "gan"], "")
+    assert state["stage"] == "gan" and state["step"] == 7
+    assert state["settings"] == {"lr": 1e-4, "layers": ["a", None]}
+    assert all(torch.equal(state["weights"][k], v) for k, v in weights.items())
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_checkpoint_of_another_stage(tmp_path):
+    """The error names both stages and what to do."""
+    save_checkpoint(tmp_path / "a.pt", "pretrain")
+    with pytest.raises(UserError, match="a.pt.*gan.*pretrain.*run train_gan.py"):
+        load_checkpoint(tmp_path / "a.pt", ["gan"], "run train_gan.py")
+    torch.save(torch.zeros(3), tmp_path / "b.pt")
+    with pytest.raises(UserError, match="b.pt.*run train_gan.py"):
+        load_checkpoint(tmp_path / "b.pt", ["gan"], "run train_gan.py")
+
+
+def test_missing_checkpoint(tmp_path):
+    """The error names the file and what to do."""
+    with pytest.raises(UserError, match="none.pt.*run train_gan.py"):
+        load_checkpoint(tmp_path / "none.pt", ["gan"], "run train_gan.py")
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_truncated_checkpoint(tmp_path, zip_format):
+    """A file cut off anywhere, in PyTorch's present format or the old one: one error."""
+    path = tmp_path / "a.pt"
+    torch.save({"stage": "gan", "weights": torch.arange(100.0)}, path,
+               _use_new_zipfile_serialization=zip_format)
+    whole = path.read_bytes()
+    for length in range(0, len(whole) - 40, 29):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="a.pt"):
+            load_checkpoint(path, ["gan"], "")
+
+
+class MakesAFile:
+    """Unpickling it would create `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_checkpoint_cannot_run_code(tmp_path):
+    """A pickle may call anything; ours are read as tensors and plain values only."""
+    path, made = tmp_path / "a.pt", tmp_path / "made"
+    torch.save({"stage": "gan", "x": MakesAFile(made)}, path)
+    with pytest.raises(UserError, match="a.pt"):
+        load_checkpoint(path, ["gan"], "")
+    path.write_bytes(pickle.dumps({"stage": "gan", "x": MakesAFile(made)}, protocol=2))
+    with pytest.raises(UserError, match="a.pt"):
+        load_checkpoint(path, ["gan"], "")
+    assert not made.exists()
+    pickle.loads(path.read_bytes())["x"].close()                # it is a trap indeed
+    assert made.exists()
+
+
+def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    """A full disk in the middle of a write must not cost the run so far."""
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, "gan", step=1)
+
+    def half(state, target):
+        Path(target).write_bytes(b"half")
+        raise OSError("No space left on device")
+    monkeypatch.setattr(models.torch, "save", half)
+    with pytest.raises(OSError):
+        save_checkpoint(path, "gan", step=2)
+    assert load_checkpoint(path, ["gan"], "")["step"] == 1

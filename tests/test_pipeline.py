@@ -1,0 +1,132 @@
+"""Stages 4 to 6 through their command lines, after stages 1 to 3, and what they leave behind."""
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import call
+from PIL import Image
+
+from prepare import load_images, load_labels, names
+
+GAN = ["--steps", 3, "--batch-size", 4, "--sample-every", 3]
+
+
+@pytest.fixture(scope="module")
+def finished(project, tmp_path_factory):
+    """The whole chain at toy size, both methods: the folder in which all six stages have run."""
+    cwd = tmp_path_factory.mktemp("finished") / "project"
+    shutil.copytree(project, cwd)
+    for method in ("ours", "simgan"):
+        call("train_gan.py", "--method", method, *GAN, cwd=cwd)
+        call("refine.py", "--method", method, cwd=cwd)
+    call("refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "data/pretrained",
+         cwd=cwd)
+    out, _ = call("evaluate.py", "--inception", "random", cwd=cwd)
+    assert "random features, not an FID" in out and "missing" not in out
+    call("segment.py", "--network", "unet", "--epochs", 1, "--batch-size", 4, "--seeds", 0, 1,
+         cwd=cwd)
+    return cwd
+
+
+def test_pretraining_leaves_its_log_and_picture(project):
+    rows = list(csv.DictReader(open(project / "runs/ours/pretrain.csv")))
+    assert [r["network"] for r in rows] == ["R"] * 4 + ["D"] * 4
+    assert (project / "runs/ours/pretrain.png").is_file()
+
+
+def test_the_two_methods_differ_only_in_the_pre_training_of_R(project):
+    """facts: the SimGAN baseline has L1 where ours has the perceptual loss, nothing else."""
+    ours, simgan = (torch.load(project / f"runs/{m}/pretrain.pt", weights_only=True)
+                    for m in ("ours", "simgan"))
+    assert {k for k in ours["settings"] if ours["settings"][k] != simgan["settings"][k]} == {
+        "method"}
+    assert not torch.equal(ours["refiner"]["last.weight"], simgan["refiner"]["last.weight"])
+    assert torch.equal(ours["discriminator"]["conv1.weight"],
+                       simgan["discriminator"]["conv1.weight"])
+
+
+@pytest.mark.parametrize("domain", ["ours", "simgan", "pretrained"])
+def test_refined_domains_keep_names_and_labels(finished, domain):
+    for split in ("train", "test"):
+        source, target = finished / "data/synthetic" / split, finished / "data" / domain / split
+        assert names(source) == names(target)
+        assert torch.equal(load_labels(source), load_labels(target))
+        assert load_images(source).shape == load_images(target).shape
+        assert not torch.equal(load_images(source), load_images(target))
+        for name in names(source):
+            file = f"labels/{name}.png"
+            assert (source / file).read_bytes() == (target / file).read_bytes()
+
+
+def test_refine_again_gives_the_same_bytes(finished):
+    file = finished / "data/ours/test/images" / f"{names(finished / 'data/ours/test')[0]}.png"
+    before = file.read_bytes()
+    call("refine.py", cwd=finished)
+    assert file.read_bytes() == before
+
+
+def test_refine_does_not_write_into_a_folder_of_others(finished):
+    _, err = call("refine.py", "--out", "data/real", cwd=finished, status=2)
+    assert "data/real" in err
+
+
+def test_table2_is_complete_and_consistent(finished):
+    table = json.loads((finished / "results/table2.json").read_text())
+    assert list(table["rows"])[:4] == ["synthetic", "pretrained", "simgan", "ours"]
+    assert len(table["rows"]) == 6 and table["n"] == 3
+    for row in list(table["rows"].values())[:5]:
+        for key in ("fid", "kid", "ssim", "ssim_range1"):
+            assert np.isfinite(row[key]) and row[key + "_se"] >= 0
+    rows = table["rows"]
+    assert rows["ours"]["ssim_minus_synthetic"] == pytest.approx(
+        rows["ours"]["ssim"] - rows["synthetic"]["ssim"], abs=1e-6)
+    assert {"weights_sha256", "resize", "pair_seed", "torch", "data"} <= set(table)
+    assert "60.82" in (finished / "results/table2.md").read_text()
+
+
+def test_evaluate_names_what_is_missing(project):
+    out, _ = call("evaluate.py", "--inception", "random", "--n", 3, cwd=project)
+    for domain in ("pretrained", "simgan", "ours"):
+        assert f"missing: data/{domain}/" in out
+
+
+def test_segment_matrices_are_full_and_the_papers_cells_marked(finished):
+    record = json.loads((finished / "results/segment_unet.json").read_text())
+    domains = ["synthetic", "simgan", "ours", "real"]
+    assert record["domains"] == domains and record["seeds"] == [0, 1]
+    assert record["images"] == 9                            # equal for all: the smallest has 9
+    known = int((load_labels(finished / "data/real/test") != 255).sum())
+    for seed in ("0", "1"):
+        for d in domains:
+            assert np.sum(record["confusion"][seed][d]["real"]) == known
+            assert set(record["scores"][seed][d]) == set(domains)
+    text = (finished / "results/segment_unet.md").read_text()
+    assert text.count("(0.49)") == 1 and text.count("(85.42)") == 1 and "±" in text
+    assert text.count("**") == 2 * 2 * 12                   # 12 cells of the paper, two tables
+    with Image.open(finished / "results/table7.png") as image:
+        assert image.width > 4 * 160
+
+
+def test_a_finished_cell_is_not_trained_again_but_a_changed_one_is(finished):
+    flags = ["--network", "unet", "--batch-size", 4, "--seeds", 0]
+    before = json.loads((finished / "results/segment_unet.json").read_text())["scores"]["0"]
+    out, _ = call("segment.py", *flags, "--epochs", 1, cwd=finished)
+    assert out.count("trained before, not again") == 4
+    after = json.loads((finished / "results/segment_unet.json").read_text())["scores"]["0"]
+    assert str(before) == str(after)                        # nan equals nan as text
+    (finished / "results/weights/unet_real_seed0.pt").unlink()
+    out, _ = call("segment.py", *flags, "--epochs", 1, cwd=finished)
+    assert out.count("trained before, not again") == 3
+    again = json.loads((finished / "results/segment_unet.json").read_text())["scores"]["0"]
+    assert str(before) == str(again)                        # the same seed, the same network
+    out, _ = call("segment.py", *flags, "--epochs", 2, cwd=finished)
+    assert "trained before" not in out
+
+
+def test_deeplab_runs_through(finished):
+    call("segment.py", "--network", "deeplabv3plus", "--epochs", 1, "--batch-size", 4,
+         "--out", "other", cwd=finished)
+    assert (finished / "other/segment_deeplabv3plus.json").is_file()
