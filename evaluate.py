@@ -23,6 +23,7 @@ from models import (announce, fid, inception_features, kid, load_inception, pick
 from prepare import (UserError, load_images, names, parser, positive, progress, start, write_text)
 
 ROWS = ["synthetic", "pretrained", "simgan", "ours"]
+FLOOR = "real, other frames (the floor)"
 PAPER = {"synthetic": (60.82, 0.0023), "pretrained": (56.89, 0.0025),         # Table 2
          "ours": (55.71, 0.0026), "simgan": (57.04, 0.0025)}
 
@@ -78,7 +79,26 @@ def table(rows, label, n):
             name, cell(row, "fid"), cell(row, "kid", 1000), cell(row, "ssim", 1, 4),
             cell(row, "ssim_minus_synthetic", 1, 4), cell(row, "ssim_range1", 1, 4),
             str(paper[0]), str(paper[1])]) + " |")
-    return "\n".join(lines) + f"\n\nN = {n} images on both sides of every row; ± is one standard error.\n"
+    return "\n".join(lines) + (f"\n\nN = {n} images on both sides of every row; "
+                              "± is one standard error.\n")
+
+
+def report(args, rows, net, n, device):
+    """Write results/table2.json and .md, and print the table."""
+    label = {"imagenet": "FID", "random": "random features, not an FID"}.get(
+        args.inception, f"FID ({Path(args.inception).name})")
+    weights = hashlib.sha256(b"".join(t.cpu().numpy().tobytes()
+                                      for t in net.state_dict().values())).hexdigest()
+    record = {"n": n, "label": label, "inception": args.inception, "weights_sha256": weights,
+              "resize": "bilinear to 299x299, align_corners=False, no antialias",
+              "pair_seed": args.pair_seed, "seed": args.seed, "data": str(args.data),
+              "torch": torch.__version__, "torchvision": torchvision.__version__,
+              "device": str(device), "rows": rows}
+    write_text(args.out / "table2.json", json.dumps(record, indent=1))
+    text = table(rows, label, n)
+    write_text(args.out / "table2.md", text)
+    print(text)
+    print(f"done: {args.out / 'table2.md'}, {args.out / 'table2.json'}")
 
 
 def arguments():
@@ -92,68 +112,65 @@ def arguments():
     return p.parse_args()
 
 
+def load_domains(folder):
+    """Test images of every domain under `folder`, in Table 2's order: {name: uint8 [N, ...]}.
+
+    Says which of Table 2's are missing; refuses domains whose file names differ, since their
+    rows could not be compared.
+    """
+    found = sorted(p.parent.name for p in folder.glob("*/test") if p.parent.name != "real")
+    domains = [d for d in ROWS if d in found] + [d for d in found if d not in ROWS]
+    if not domains:
+        raise UserError(f"{folder}: no domain folder with test/ in it; run prepare.py first")
+    for missing in [d for d in ROWS if d not in found]:
+        print(f"missing: {folder / missing}/ (its row is left out; refine.py makes it)")
+    for d in domains:
+        if names(folder / d / "test") != names(folder / domains[0] / "test"):
+            raise UserError(f"{folder / d}: its file names differ from {domains[0]}'s, so rows "
+                            "cannot be compared; run refine.py again")
+    return {d: load_images(folder / d / "test") for d in domains}
+
+
 def main():
     args = arguments()
     device = pick_device(args.device)
     announce("evaluate.py", device, args.seed, f"{args.data}/*", f"{args.out}/table2.*")
-    found = sorted(p.parent.name for p in args.data.glob("*/test") if p.parent.name != "real")
-    domains = [d for d in ROWS if d in found] + [d for d in found if d not in ROWS]
-    if not domains:
-        raise UserError(f"{args.data}: no domain folder with test/ in it; run prepare.py first")
-    for missing in [d for d in ROWS if d not in found]:
-        print(f"missing: {args.data / missing}/ (its row is left out; refine.py makes it)")
-
-    images = {d: load_images(args.data / d / "test") for d in domains}
-    real, real_train = (load_images(args.data / "real" / s) for s in ("test", "train"))
-    smallest = min(map(len, [real, real_train, *images.values()]))
+    domains = load_domains(args.data)
+    real, floor = (load_images(args.data / "real" / s) for s in ("test", "train"))
+    for d, x in domains.items():
+        if x.shape[1:] != real.shape[1:]:
+            raise UserError(f"{args.data / d}: images are {x.shape[2]} x {x.shape[3]}, real ones "
+                            f"{real.shape[2]} x {real.shape[3]}; prepare both with one --size")
+    smallest = min(map(len, [real, floor, *domains.values()]))
     n = args.n or smallest
     if not 3 <= n <= smallest:
         raise UserError(f"--n {n}: the smallest folder of {args.data} has {smallest} images, and "
                         "3 is the least that has a standard error")
-    reference = names(args.data / domains[0] / "test")
-    for d in domains:
-        if names(args.data / d / "test") != reference:
-            raise UserError(f"{args.data / d}: its file names differ from {domains[0]}'s, so "
-                            "rows cannot be compared; run refine.py again")
     if n < 2000:
         print(f"warning: N = {n} is small for FID: its bias is about 1/N, so compare rows with "
               "each other and with the floor, never with other papers")
-    order = np.random.default_rng(args.pair_seed)
-    real = real[torch.from_numpy(order.permutation(len(real))[:n])]
-    floor = real_train[torch.from_numpy(order.permutation(len(real_train))[:n])]
-    pick = torch.from_numpy(order.permutation(len(reference))[:n])
-    images = {d: x[pick] for d, x in images.items()}
+    net = load_inception(args.inception, "pool3", floor, args.seed)
+
+    # The same n images of every domain, n reals as their partners, n other reals: the floor.
+    random = np.random.default_rng(args.pair_seed)
+
+    def some(images):
+        return torch.from_numpy(random.permutation(len(images))[:n])
+    real, floor = real[some(real)], floor[some(floor)]
+    pick = some(next(iter(domains.values())))
+    domains = {d: x[pick] for d, x in domains.items()}
     flat = real.float().mean((0, 2, 3)).round().to(torch.uint8)[:, None, None].expand_as(real)
 
-    net = load_inception(args.inception, "pool3", real_train, args.seed)
     def features(x, name):
-        return inception_features(net, x, device, progress=lambda b: progress(
-            b, desc=f"Inception features of {name}", unit="batch"))
+        return inception_features(net, x, device, progress=lambda batches: progress(
+            batches, desc=f"Inception features of {name}", unit="batch"))
     real_features = features(real, "real")
     rows, baseline = {}, None
-    for d in domains:
-        rows[d], values = describe(images[d], features(images[d], d), real, real_features,
-                                   baseline)
+    for d, x in {**domains, FLOOR: floor}.items():
+        rows[d], values = describe(x, features(x, d), real, real_features, baseline)
         baseline = values if d == "synthetic" else baseline
-    rows["real, other frames (the floor)"], _ = describe(
-        floor, features(floor, "real/train"), real, real_features, baseline)
     rows["one flat colour (control)"], _ = describe(flat, None, real, None, baseline)
-
-    label = "FID" if args.inception == "imagenet" else (
-        "random features, not an FID" if args.inception == "random"
-        else f"FID ({Path(args.inception).name})")
-    weights = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in
-                                      net.state_dict().values())).hexdigest()
-    record = {"n": n, "label": label, "inception": args.inception, "weights_sha256": weights,
-              "resize": "bilinear to 299x299, align_corners=False, no antialias",
-              "pair_seed": args.pair_seed, "seed": args.seed, "data": str(args.data),
-              "torch": torch.__version__, "torchvision": torchvision.__version__,
-              "device": str(device), "rows": rows}
-    write_text(args.out / "table2.json", json.dumps(record, indent=1))
-    text = table(rows, label, n)
-    write_text(args.out / "table2.md", text)
-    print(text)
-    print(f"done: {args.out / 'table2.md'}, {args.out / 'table2.json'}")
+    report(args, rows, net, n, device)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ Writes  data/{synthetic,real}/{train,test}/images/NAME.png   RGB, all of one siz
 
     python prepare.py --gta5 ~/gtav --cityscapes ~/cityscapes          the paper's data
     python prepare.py --synthetic IMAGES LABELS --real IMAGES LABELS   any other
-    python prepare.py --demo                                           no data at all: 10 s
+    python prepare.py --demo                                           no data at all: 20 s
 
-About 12 ms a full-size frame on one core, so 3 minutes for GTA-V and Cityscapes on two.
+50 to 80 ms of one core a full-size frame: about 15 minutes for all of GTA-V and Cityscapes on 2.
 It is also the data format itself: CLASSES, PALETTE, IGNORE, load_images and load_labels are
 imported by the other stages. It imports none of them, and torch only where tensors are made.
 """

@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, call
 
+import prepare
+
 SCRIPTS = ["prepare", "pretrain", "train_gan", "refine", "evaluate", "segment"]
 
 
@@ -69,7 +71,7 @@ def test_the_papers_values_are_the_defaults(monkeypatch):
         assert {k: args[k] for k in values} == values
 
 
-# script and arguments -> words of the one line on stderr. {t} is an empty folder.
+# script and arguments -> words of the last line on stderr.
 MISTAKES = [
     ("pretrain.py --data nowhere", "nowhere/synthetic/train/images prepare.py"),
     ("pretrain.py --method other", "--method"),
@@ -106,11 +108,21 @@ def empty(tmp_path_factory):
     return cwd
 
 
+def main_of(command, cwd, monkeypatch, capsys):
+    """Run a command as its script does, but in this process: (exit status, stderr)."""
+    script, *argv = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    monkeypatch.chdir(cwd)
+    with pytest.raises(SystemExit) as stop:
+        prepare.start(importlib.import_module(script.removesuffix(".py")).main)
+    return stop.value.code, capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command, words", MISTAKES)
-def test_a_mistake_gets_one_line_and_status_2(command, words, empty):
-    _, err = call(*shlex.split(command), cwd=empty, status=2)
+def test_a_mistake_gets_one_line_and_status_2(command, words, empty, monkeypatch, capsys):
+    status, err = main_of(command, empty, monkeypatch, capsys)
     last = err.strip().splitlines()[-1]
-    assert "Traceback" not in err and ": error: " in last
+    assert status == 2 and ": error: " in last
     for word in words.split():
         assert word in last, last
     assert not (empty / "was_run").exists()
@@ -119,5 +131,6 @@ def test_a_mistake_gets_one_line_and_status_2(command, words, empty):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_asked_for_and_absent(empty):
+    """This one as a process of its own: one line on stderr, no traceback, status 2."""
     _, err = call("pretrain.py", "--device", "cuda", cwd=empty, status=2)
-    assert "--device cpu" in err
+    assert "--device cpu" in err and len(err.strip().splitlines()) == 1
