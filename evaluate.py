@@ -149,7 +149,8 @@ def main():
     if n < 2000:
         print(f"warning: N = {n} is small for FID: its bias is about 1/N, so compare rows with "
               "each other and with the floor, never with other papers")
-    net = load_inception(args.inception, "pool3", floor, args.seed)
+    sample = torch.cat([x[:16] for x in (*domains.values(), floor)])     # for "random" only
+    net = load_inception(args.inception, "pool3", sample, args.seed)
 
     # The same n images of every domain, n reals as their partners, n other reals: the floor.
     random = np.random.default_rng(args.pair_seed)

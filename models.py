@@ -231,15 +231,25 @@ def load_inception(weights="imagenet", layer="pool3", images=None, seed=0):
     return part.eval().requires_grad_(False)
 
 
+def resize_299(images):
+    """uint8 [N, 3, H, W] -> float in [-1, 1], [N, 3, 299, 299]: bilinear, align_corners=False,
+    no antialias, as pytorch-fid does."""
+    return F.interpolate(to_float(images), size=(299, 299), mode="bilinear", align_corners=False)
+
+
 @torch.no_grad()
 def calibrate_batchnorm(net, images):
-    """Set every BatchNorm to the statistics of `images` (uint8): else a random net is flat."""
+    """Set every BatchNorm to the statistics of 32 of `images` (uint8).
+
+    Without it a random net is flat; and images unlike those it was calibrated on come out
+    enormous, since 94 layers each enlarge the difference: calibrate on all that you compare.
+    """
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
             module.momentum = None                            # None: the plain average
     net.train()
-    net(F.interpolate(to_float(images[:32]), size=(139, 139), mode="bilinear"))
+    net(resize_299(images[::-(-len(images) // 32)]))
     net.eval()
 
 
@@ -247,15 +257,12 @@ def calibrate_batchnorm(net, images):
 def inception_features(net, images, device, batch_size=32, progress=iter):
     """pool3 features, float64 [N, 2048] on the CPU, of uint8 images [N, 3, H, W].
 
-    Every image is resized to 299 x 299 (bilinear, align_corners=False, no antialias, as
-    pytorch-fid does). `progress` wraps the loop over batches, tqdm for example.
+    `progress` wraps the loop over batches, tqdm for example.
     """
     net = net.to(device)
     features = []
     for batch in progress(images.split(batch_size)):
-        x = F.interpolate(to_float(batch.to(device)), size=(299, 299), mode="bilinear",
-                          align_corners=False)
-        features.append(net(x).cpu().double())
+        features.append(net(resize_299(batch.to(device))).cpu().double())
     return torch.cat(features)
 
 
