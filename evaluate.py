@@ -104,8 +104,8 @@ def report(args, rows, net, n, device):
 def arguments():
     p = parser(__doc__)
     p.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
-    p.add_argument("--data", type=Path, default=Path("data"))
-    p.add_argument("--out", type=Path, default=Path("results"))
+    p.add_argument("--data", type=Path, default=Path("data"), help="what prepare.py made")
+    p.add_argument("--out", type=Path, default=Path("results"), help="where tables go")
     p.add_argument("--inception", default="imagenet", help="imagenet, random or a file")
     p.add_argument("--n", type=positive(int), help="images a row; all test images if not given")
     p.add_argument("--pair-seed", type=int, default=0, help="which real image is whose partner")

@@ -75,9 +75,10 @@ def start(main):
 
 def parser(doc):
     """An ArgumentParser whose help is the script's own docstring and shows every default."""
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter,
-                    argparse.RawDescriptionHelpFormatter):
-        pass
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action):
+            nothing = any(action.default is x for x in (None, False, argparse.SUPPRESS))
+            return action.help if nothing else f"{action.help} (default: %(default)s)"
     p = argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
     p.add_argument("--seed", type=natural, default=0, help="decides every random choice")
     return p
@@ -265,34 +266,38 @@ def take(frames, count, rng):
                                                rng.permutation(len(frames))[:count])
 
 
+def find(domain, args):
+    """Raw frames of a domain: (training frames, official test frames or None, kind of label
+    ids, pairs of which a half is missing)."""
+    if domain == "synthetic" and args.gta5:
+        frames, bad = find_gta5(args.gta5)
+        return frames, None, "labelIds", bad
+    if domain == "real" and args.cityscapes:
+        train, bad = find_cityscapes(args.cityscapes, "train")
+        if not (Path(args.cityscapes).expanduser() / "leftImg8bit" / "val").is_dir():
+            return train, None, "labelIds", bad
+        test, more = find_cityscapes(args.cityscapes, "val")
+        return train, test, "labelIds", bad + more
+    folders = getattr(args, domain)
+    if not folders:
+        raise UserError(f"nothing for the {domain} domain: give --gta5 and --cityscapes, "
+                        "--synthetic and --real, or --demo")
+    frames, bad = find_folder(*folders)
+    return frames, None, args.label_ids, bad
+
+
 def plan(args):
-    """{(domain, split): frames}, {domain: kind of ids} and the pairs that lack their half."""
+    """Which raw frame goes where: {(domain, split): frames}, {domain: kind of ids}, skipped."""
     frames, ids, skipped = {}, {}, []
-    for domain, folder in (("synthetic", args.gta5 or args.synthetic),
-                           ("real", args.cityscapes or args.real)):
-        if not folder:
-            raise UserError(f"nothing for the {domain} domain: give --gta5 and --cityscapes, "
-                            "--synthetic and --real, or --demo")
-        rng = np.random.default_rng([args.seed, len(frames)])
-        if domain == "real" and args.cityscapes:
-            train, bad = find_cityscapes(args.cityscapes, "train")
-            test = None
-            if (Path(args.cityscapes).expanduser() / "leftImg8bit" / "val").is_dir():
-                test, more = find_cityscapes(args.cityscapes, "val")
-                bad += more
-        else:
-            train, bad = find_gta5(folder) if args.gta5 and domain == "synthetic" \
-                else find_folder(*folder)
-            test = None
-        flag = f"the {domain} frames"
+    for domain in ("synthetic", "real"):
+        rng = np.random.default_rng([args.seed, len(frames)])     # another one per domain
+        train, test, ids[domain], bad = find(domain, args)
         if test is None:                                  # no official split: hold some out
-            train, test = hold_out(train, args.test, rng, flag)
+            train, test = hold_out(train, args.test, rng, f"the {domain} frames")
         elif len(test) < args.test:
-            raise UserError(f"{flag}: --test {args.test}, but val/ has {len(test)}")
+            raise UserError(f"the {domain} frames: --test {args.test}, but val/ has {len(test)}")
         frames[domain, "train"] = take(train, args.limit, rng)
         frames[domain, "test"] = take(test, args.test, rng)
-        official = (args.gta5 if domain == "synthetic" else args.cityscapes)
-        ids[domain] = "labelIds" if official else args.label_ids
         skipped += bad
     return frames, ids, skipped
 

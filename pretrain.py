@@ -109,11 +109,11 @@ def arguments():
     p.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
     p.add_argument("--method", choices=["ours", "simgan"], default="ours",
                    help="ours: perceptual loss; simgan: L1")
-    p.add_argument("--data", type=Path, default=Path("data"))
+    p.add_argument("--data", type=Path, default=Path("data"), help="what prepare.py made")
     p.add_argument("--run", type=Path, help="(default: runs/METHOD)")
     p.add_argument("--steps", type=positive(int), default=1200, help="(paper) steps of R")
     p.add_argument("--d-steps", type=positive(int), default=400, help="(paper) steps of D")
-    p.add_argument("--batch-size", type=positive(int), default=16)
+    p.add_argument("--batch-size", type=positive(int), default=16, help="images a batch")
     p.add_argument("--lr", type=positive(float), default=1e-4, help="(paper) of R")
     p.add_argument("--d-lr", type=positive(float), default=1e-3, help="(paper) of D")
     p.add_argument("--layer", default="Conv2d_4a_3x3", help="psi_j of Eq 5, ours only")
@@ -123,7 +123,8 @@ def arguments():
     p.add_argument("--d-optimizer", choices=["adam", "momentum", "sgd"], default="momentum",
                    help="of D")
     p.add_argument("--final-relu", action="store_true", help="(paper) last ReLU of Table 1")
-    p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
+                   help="of the networks; losses are float32")
     p.add_argument("--save-every", type=positive(int), default=200, help="steps")
     p.add_argument("--resume", action="store_true", help="go on with a stopped run")
     p.add_argument("--overwrite", action="store_true", help="replace an existing run")

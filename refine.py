@@ -28,11 +28,11 @@ from prepare import (UserError, load_images, names, parser, positive, progress, 
 def arguments():
     p = parser(__doc__)
     p.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
-    p.add_argument("--method", choices=["ours", "simgan"], default="ours")
+    p.add_argument("--method", choices=["ours", "simgan"], default="ours", help="whose R")
     p.add_argument("--checkpoint", type=Path, help="(default: runs/METHOD/gan.pt)")
     p.add_argument("--data", type=Path, default=Path("data/synthetic"), help="a domain folder")
     p.add_argument("--out", type=Path, help="(default: data/METHOD)")
-    p.add_argument("--batch-size", type=positive(int), default=16)
+    p.add_argument("--batch-size", type=positive(int), default=16, help="images a batch")
     args = p.parse_args()
     args.checkpoint = args.checkpoint or Path("runs") / args.method / "gan.pt"
     args.out = args.out or Path("data") / args.method

@@ -193,16 +193,17 @@ def colour(labels):
 def arguments():
     p = parser(__doc__)
     p.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
-    p.add_argument("--data", type=Path, default=Path("data"))
-    p.add_argument("--out", type=Path, default=Path("results"))
-    p.add_argument("--network", choices=NETWORKS + ["both"], default="both")
-    p.add_argument("--epochs", type=positive(int), default=30)
-    p.add_argument("--batch-size", type=positive(int), default=16)
-    p.add_argument("--lr", type=positive(float), default=1e-3)
-    p.add_argument("--seeds", type=int, nargs="+", default=[0])
+    p.add_argument("--data", type=Path, default=Path("data"), help="what prepare.py made")
+    p.add_argument("--out", type=Path, default=Path("results"), help="where tables go")
+    p.add_argument("--network", choices=NETWORKS + ["both"], default="both", help="which")
+    p.add_argument("--epochs", type=positive(int), default=30, help="passes over the data")
+    p.add_argument("--batch-size", type=positive(int), default=16, help="images a batch")
+    p.add_argument("--lr", type=positive(float), default=1e-3, help="at the start; cosine to 0")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="one training each")
     p.add_argument("--backbone-weights", default="none",
                    help="of DeepLabV3+'s ResNet-50: none, imagenet (downloaded) or a file")
-    p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
+                   help="of the networks; losses are float32")
     args = p.parse_args()
     if args.batch_size < 2:
         p.error("--batch-size 1: BatchNorm needs two images at least")

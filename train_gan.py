@@ -246,12 +246,12 @@ def arguments():
     p.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
     p.add_argument("--method", choices=["ours", "simgan"], default="ours",
                    help="whose pretrain.pt to start from; the rest is the same")
-    p.add_argument("--data", type=Path, default=Path("data"))
+    p.add_argument("--data", type=Path, default=Path("data"), help="what prepare.py made")
     p.add_argument("--run", type=Path, help="(default: runs/METHOD)")
     p.add_argument("--alpha", type=float, default=50, help="(paper) weight of L_adv")
     p.add_argument("--beta", type=float, default=4e-6, help="(paper) weight of L_rec")
     p.add_argument("--steps", type=positive(int), default=5000, help="(paper)")
-    p.add_argument("--batch-size", type=positive(int), default=16)
+    p.add_argument("--batch-size", type=positive(int), default=16, help="images a batch")
     p.add_argument("--lr", type=positive(float), default=1e-4, help="(paper) of R")
     p.add_argument("--d-lr", type=positive(float), default=1e-3, help="(paper) of D")
     p.add_argument("--history", type=int, default=100, help="capacity in batches; 0: none")
@@ -264,7 +264,8 @@ def arguments():
     p.add_argument("--save-every", type=positive(int), default=500, help="steps")
     p.add_argument("--sample-every", type=positive(int), default=100,
                    help="steps between pictures, SSIM and a look for the best step")
-    p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
+                   help="of the networks; losses are float32")
     p.add_argument("--compile", action="store_true", help="torch.compile both networks")
     p.add_argument("--resume", action="store_true", help="go on with a stopped run")
     p.add_argument("--overwrite", action="store_true", help="replace an existing run")
