@@ -24,7 +24,7 @@ demo: .venv/installed
 	  PRETRAIN="--steps 100 --lr 3e-4 --batch-size 8 --layer Conv2d_2b_3x3" \
 	  GAN="--steps 120 --lr 2e-4 --batch-size 8 --sample-every 20 --save-every 40 \
 	    --d-optimizer adam --d-lr 1e-4" \
-	  SEGMENT="--network unet --epochs 10"
+	  SEGMENT="--network unet --epochs 8"
 	@cat demo/results/table2.md demo/results/segment_unet.md
 	@echo "Pictures: demo/runs/ours/samples/ (synthetic, refined, real)," \
 	  "demo/runs/ours/curves.png (Figure 1), demo/results/table7.png"

@@ -387,7 +387,7 @@ def check_settings(path, settings):
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not written by prepare.py, or damaged; delete it") from None
     changed = [k for k in settings if old.get(k) != settings[k]]
-    if changed:
+    if changed and any(path.parent.glob("*/*/images/*.png")):
         raise UserError(f"{path.parent} was prepared with {changed[0]} = {old.get(changed[0])}, "
                         f"not {settings[changed[0]]}; choose another --out or delete it")
 

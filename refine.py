@@ -8,8 +8,8 @@ Writes  data/METHOD/{train,test}/{images,labels}: the same names, refined images
     python refine.py --method simgan            runs/simgan/gan.pt -> data/simgan
     python refine.py --checkpoint runs/ours/pretrain.pt --out data/pretrained
 
-The row "after pre-training" of Table 2 is the third command. 100 images a second at 40 x 80
-on 2 cores. Running it again replaces its own output.
+The row "after pre-training" of Table 2 is the third command. 40 images a second at 40 x 80 on
+2 cores. Running it again replaces its own output.
 """
 import hashlib
 import json

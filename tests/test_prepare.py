@@ -356,6 +356,16 @@ def test_frames_that_the_crop_does_not_fit(tmp_path):
 # ------------------------------------------------------------------------------------- demo
 
 
+def test_the_advice_after_a_crop_that_does_not_fit_works(tmp_path):
+    """The line says "try --crop none": the same command with it goes through."""
+    for i in range(4):
+        draw(tmp_path / "raw" / f"{i}.png", i)
+    command = ["--synthetic", tmp_path / "raw", "--real", tmp_path / "raw", "--size", 24, 48,
+               "--test", 1, "--out", tmp_path / "out"]
+    assert "try --crop none" in error_line(*command)
+    good(*command, "--crop", "none")
+
+
 def test_demo_is_deterministic_and_has_two_looks(tmp_path):
     """No data, no network: the same bytes in any folder, no scene twice, only known classes."""
     for name in ("a", "b"):
