@@ -73,8 +73,8 @@ def score(rows):
     are; `rows` are the log rows since the last sample, whose mean smooths them. The first 1000
     steps (half of a short run) are left out: while R leaps and D is caught out the rule has its
     highest value, whatever the images look like."""
-    mean = torch.tensor(rows).nanmean(0).tolist()
-    return mean[3] - mean[2] - mean[0]
+    adv, _, real, refined = torch.tensor(rows)[:, :4].mean(0).tolist()
+    return refined - real - adv
 
 
 def watch(rows, step, said):

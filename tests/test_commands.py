@@ -18,7 +18,7 @@ SCRIPTS = ["prepare", "pretrain", "train_gan", "refine", "evaluate", "segment"]
 def commands_in(path):
     """Every line of the form `python SCRIPT.py ...` or `make ...` in a text file, joined over
     trailing backslashes; comments after two spaces are cut off."""
-    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = re.sub(r"\\\n\s*", " ", path.read_text(encoding="utf-8"))
     found = re.findall(r"^(?:    |\$ )?((?:python [a-z_]+\.py|make [a-z]+).*)$", text, re.M)
     return [re.split(r"\s{3,}|\s+#", line)[0].strip() for line in found]
 

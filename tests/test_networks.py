@@ -13,7 +13,7 @@ from torch import nn
 import models
 from models import (DeepLabV3Plus, Discriminator, Refiner, UNet, inception_features,
                     keras_average_pool, load_checkpoint, load_inception, patch_loss, pick_device,
-                    same_pad, save_checkpoint, to_float, to_uint8)
+                    same_pad, save_checkpoint, speed_up, to_float, to_uint8)
 from prepare import UserError
 
 
@@ -435,3 +435,15 @@ def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         save_checkpoint(path, "gan", step=2)
     assert load_checkpoint(path, ["gan"], "")["step"] == 1
+
+
+def test_bfloat16_changes_the_arithmetic_not_the_interface():
+    """speed_up: float32 out, close to the float32 network, and the same state_dict keys."""
+    torch.manual_seed(0)
+    plain = Refiner(maps=8, blocks=1)
+    x = torch.rand(2, 3, 24, 48) * 2 - 1
+    wanted, keys = plain(x), list(plain.state_dict())
+    fast = speed_up(plain, torch.device("cpu"), "bfloat16")
+    got = fast(x)
+    assert got.dtype == torch.float32 and list(fast.state_dict()) == keys
+    assert not torch.equal(got, wanted) and (got - wanted).abs().max() < 0.02
