@@ -32,6 +32,13 @@ def test_the_readme_has_commands_of_every_stage():
     assert {"make demo", "make test"} <= set(README_COMMANDS)
 
 
+def test_the_readmes_files_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
+    assert len(links) > 10 and not [link for link in links if not (ROOT / link).exists()]
+    assert not re.findall(r"@[A-Z]+", text)                # no unfilled place
+
+
 @pytest.mark.parametrize("command", sorted({
     c for name in ["README.md"] + [f"{s}.py" for s in SCRIPTS] for c in commands_in(ROOT / name)
     if c.startswith("python")}))
