@@ -20,7 +20,8 @@ import torch
 import torchvision
 
 from models import (announce, fid, inception_features, kid, load_inception, pick_device, ssim)
-from prepare import (UserError, load_images, names, parser, positive, progress, start, write_text)
+from prepare import (UserError, load_images, names, natural, parser, positive, progress, start,
+                     write_text)
 
 ROWS = ["synthetic", "pretrained", "simgan", "ours"]
 FLOOR = "real, other frames (the floor)"
@@ -108,7 +109,7 @@ def arguments():
     p.add_argument("--out", type=Path, default=Path("results"), help="where tables go")
     p.add_argument("--inception", default="imagenet", help="imagenet, random or a file")
     p.add_argument("--n", type=positive(int), help="images a row; all test images if not given")
-    p.add_argument("--pair-seed", type=int, default=0, help="which real image is whose partner")
+    p.add_argument("--pair-seed", type=natural, default=0, help="which real image is whose partner")
     return p.parse_args()
 
 

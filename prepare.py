@@ -147,8 +147,13 @@ def save_grid(path, rows, columns=()):
 
 
 def names(folder):
-    """Sorted names (no suffix) of the images of a split folder like data/real/train."""
+    """Sorted names (no suffix) of the images of a split folder like data/real/train.
+
+    Raises UserError if there is none, or if the run that makes them has not finished."""
     images = Path(folder) / "images"
+    for record in (images.parents[1] / "refine.json", images.parents[2] / "prepare.json"):
+        if record.is_file() and not json.loads(record.read_text(encoding="utf-8"))["finished"]:
+            raise UserError(f"{record}: that run has not finished; run it again")
     found = sorted(p.stem for p in images.glob("*.png"))
     if not found:
         raise UserError(f"{images}: no *.png there; run prepare.py (or refine.py) first")
@@ -292,6 +297,8 @@ def plan(args):
     for domain in ("synthetic", "real"):
         rng = np.random.default_rng([args.seed, len(frames)])     # another one per domain
         train, test, ids[domain], bad = find(domain, args)
+        if not train:
+            raise UserError(f"the {domain} frames: none has its label; {bad[0][0]}: {bad[0][1]}")
         if test is None:                                  # no official split: hold some out
             train, test = hold_out(train, args.test, rng, f"the {domain} frames")
         elif len(test) < args.test:

@@ -480,6 +480,25 @@ def test_load_images_and_labels(tmp_path):
         assert np.array_equal(labels[i].numpy(), ids)
 
 
+@pytest.mark.parametrize("record", ["real/refine.json", "prepare.json"])
+def test_what_a_stopped_run_left_is_not_used(tmp_path, record):
+    """A half-made folder would be a smaller data set, and nobody would notice."""
+    draw(tmp_path / "real/train/images/a.png", 0)
+    assert names(tmp_path / "real/train") == ["a"]
+    (tmp_path / record).write_text('{"finished": false}')
+    with pytest.raises(UserError, match="not finished"):
+        names(tmp_path / "real/train")
+
+
+def test_labels_of_other_frames_are_named(tmp_path):
+    """No image has its label: the line names one that is missing, and does not blame --test."""
+    draw(tmp_path / "raw/a.png", 0)
+    (tmp_path / "labels").mkdir()
+    line = error_line("--synthetic", tmp_path / "raw", tmp_path / "labels", "--real",
+                      tmp_path / "raw", "--out", tmp_path / "out")
+    assert "no label" in line and "a.png" in line and "--test" not in line
+
+
 def test_load_images_names_the_bad_file(tmp_path):
     """Another size, another mode, a damaged file, a missing label, an empty folder."""
     with pytest.raises(UserError, match="prepare.py"):
