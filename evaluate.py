@@ -1,7 +1,8 @@
-"""Stage 5: Table 2. How far is each kind of image from real ones?
+"""Stage 5: Table 2. How far is each kind of image from real ones, and how sure is that?
 
 Reads   data/{synthetic,pretrained,simgan,ours,...}/test and data/real (images only)
-Writes  results/table2.md    FID, KID and SSIM against real, next to the paper's figures
+Writes  results/table2.md    FID, KID and SSIM against real, next to the paper's figures; the
+                             differences between the rows; FID and KID of fewer images
         results/table2.json  the same with N, weights and their hash, resize, pairing, versions
 
     python evaluate.py                                         torchvision's Inception V3
@@ -17,89 +18,146 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
+from scipy.special import stdtrit
 
-from models import (announce, fid, inception_features, kid, load_inception, pick_device, ssim)
+from models import (announce, fid, inception_features, jackknife_error, kid, leave_out,
+                    load_inception, pick_device, provenance, ssim)
 from prepare import (UserError, load_images, names, natural, parser, positive, progress, start,
                      write_text)
 
 ROWS = ["synthetic", "pretrained", "simgan", "ours"]
 FLOOR = "real, other frames (the floor)"
+CONTROL = "one flat colour (control)"
 PAPER = {"synthetic": (60.82, 0.0023), "pretrained": (56.89, 0.0025),         # Table 2
          "ours": (55.71, 0.0026), "simgan": (57.04, 0.0025)}
+METRICS = ["fid", "kid", "ssim", "ssim_range1"]
 
 
-def standard_error(values):
-    """Of the mean of independent values [N]."""
-    return (values.std() / len(values) ** 0.5).item()
+# -------------------------------------------------------------------------------- the scores
 
 
-def jackknife(metric, a, b, groups=10):
-    """Standard error of metric(a, b) by leaving out a tenth of both sets at a time.
+def score(images, features, real, real_features, device):
+    """The metrics of `images` against `real`: {metric: (value, leave_out values)}.
 
-    Var = (g - 1) / g * sum (t_i - mean t)^2 (delete-a-group jackknife). No image is counted
-    twice, as a bootstrap would: repeated images inflate FID.
+    images, real: uint8 [N, 3, H, W], image i and real i being partners for SSIM; features
+    [N, 2048], or None for no FID and KID.
     """
-    groups = min(groups, len(a), len(b))
-    t = np.array([metric(a[torch.arange(len(a)) % groups != i],
-                         b[torch.arange(len(b)) % groups != i]) for i in range(groups)])
-    return float(np.sqrt((groups - 1) / groups * ((t - t.mean()) ** 2).sum()))
-
-
-def describe(images, features, real, real_features, baseline):
-    """One row of Table 2: scores of `images` against `real`, with standard errors.
-
-    `baseline`: SSIM values [N] of the synthetic row, for paired differences; None on that row.
-    """
-    right = ssim(images, real, max_val=255)
-    row = {"n": len(images), "ssim": right.mean().item(), "ssim_se": standard_error(right)}
-    odd = ssim(images.float(), real.float(), max_val=1.0)      # most plausibly the paper's
-    row.update(ssim_range1=odd.mean().item(), ssim_range1_se=standard_error(odd))
-    if baseline is not None:
-        row.update(ssim_minus_synthetic=(right - baseline).mean().item(),
-                   ssim_minus_synthetic_se=standard_error(right - baseline))
+    found = {}
     if features is not None:
-        row.update(fid=fid(features, real_features), kid=kid(features, real_features),
-                   fid_se=jackknife(fid, features, real_features),
-                   kid_se=jackknife(kid, features, real_features))
-    return row, right
+        for name, metric in (("fid", fid), ("kid", kid)):
+            found[name] = (metric(features, real_features),
+                           leave_out(metric, features, real_features))
+    # L = 255 is the range of the images; L = 1 is most plausibly what the paper's tool was told.
+    for name, max_val in (("ssim", 255), ("ssim_range1", 1)):
+        values = torch.cat([ssim(x.to(device).float(), y.to(device).float(), max_val).cpu()
+                            for x, y in zip(images.split(256), real.split(256))]).double()
+        found[name] = (values.mean().item(), leave_out(
+            lambda v: v.mean().item(), values, groups=len(values)))    # = std / sqrt(N)
+    return found
 
 
-def table(rows, label, n):
-    """The rows as Markdown, next to the paper's Table 2."""
-    def cell(row, key, scale=1, digits=2):
-        if key not in row:
-            return "-"
-        return f"{scale * row[key]:.{digits}f} ± {scale * row[key + '_se']:.{digits}f}"
-    head = ["images vs real", label, "KID x 1000", "SSIM (L = 255)", "SSIM minus synthetic",
-            "SSIM (L = 1)", "paper FID", "paper SSIM"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, row in rows.items():
-        paper = PAPER.get(name, ("-", "-"))
-        lines.append("| " + " | ".join([
-            name, cell(row, "fid"), cell(row, "kid", 1000), cell(row, "ssim", 1, 4),
-            cell(row, "ssim_minus_synthetic", 1, 4), cell(row, "ssim_range1", 1, 4),
-            str(paper[0]), str(paper[1])]) + " |")
-    return "\n".join(lines) + (f"\n\nN = {n} images on both sides of every row; "
-                              "± is one standard error.\n")
+def with_error(value, replicates):
+    """A score with its standard error and its 95 % interval (Student's t, groups - 1)."""
+    error = jackknife_error(replicates)
+    half = stdtrit(len(replicates) - 1, 0.975) * error
+    return {"value": value, "se": error, "low": value - half, "high": value + half}
 
 
-def report(args, rows, net, n, device):
-    """Write results/table2.json and .md, and print the table."""
-    label = {"imagenet": "FID", "random": "random features, not an FID"}.get(
-        args.inception, f"FID ({Path(args.inception).name})")
-    weights = hashlib.sha256(b"".join(t.cpu().numpy().tobytes()
-                                      for t in net.state_dict().values())).hexdigest()
-    record = {"n": n, "label": label, "inception": args.inception, "weights_sha256": weights,
-              "resize": "bilinear to 299x299, align_corners=False, no antialias",
-              "pair_seed": args.pair_seed, "seed": args.seed, "data": str(args.data),
-              "torch": torch.__version__, "torchvision": torchvision.__version__,
-              "device": str(device), "rows": rows}
-    write_text(args.out / "table2.json", json.dumps(record, indent=1))
-    text = table(rows, label, n)
-    write_text(args.out / "table2.md", text)
+def difference(row, other):
+    """`row` minus `other`, metric by metric, with paired errors: the images that both have in
+    common (the real ones; the scenes, if both are refined from one set) cancel.
+
+    "sure" is false where the 95 % interval contains 0: the difference is inside its error.
+    """
+    result = {}
+    for m in [m for m in METRICS if m in row and m in other]:
+        d = with_error(row[m][0] - other[m][0], row[m][1] - other[m][1])
+        result[m] = {**d, "sure": not d["low"] <= 0 <= d["high"]}
+    return result
+
+
+def by_size(features, real_features):
+    """FID and KID of the same images in 4, 2 and 1 disjoint parts, the mean over the parts:
+    what N alone does. {images a part: {"fid": .., "kid": ..}}"""
+    sizes = {}
+    for parts in (4, 2, 1):
+        n = len(features) // parts
+        if n >= 2:
+            pairs = [(features[i * n:(i + 1) * n], real_features[i * n:(i + 1) * n])
+                     for i in range(parts)]
+            sizes[n] = {name: float(np.mean([metric(a, b) for a, b in pairs]))
+                        for name, metric in (("fid", fid), ("kid", kid))}
+    return sizes
+
+
+# -------------------------------------------------------------------------------- the report
+
+
+def cell(score, scale=1, digits=2, interval=False, sign=""):
+    """"1.23 ± 0.04", "1.23 [1.15, 1.31]" or, for what is inside its error, in brackets."""
+    if score is None:
+        return "-"
+    value, error, low, high = (f"{scale * score[k]:.{digits}f}" for k in
+                               ("value", "se", "low", "high"))
+    text = f"{value} [{low}, {high}]" if interval else (
+        f"{scale * score['value']:{sign}.{digits}f} ± {error}")
+    return text if score.get("sure", True) else f"({text}) inside its error"
+
+
+def markdown(head, lines):
+    return "\n".join(["| " + " | ".join(line) + " |" for line in (
+        head, ["---"] * len(head), *lines)])
+
+
+def tables(record):
+    """results/table2.md from the record in table2.json."""
+    label, n = record["label"], record["n"]
+    rows = []
+    for name, row in record["rows"].items():
+        get = row["scores"].get
+        rows.append([name, str(row["n"]), cell(get("fid"), interval=True),
+                     cell(get("kid"), 1000), cell(get("ssim"), 1, 4),
+                     cell(get("ssim_range1"), 1, 4), *map(str, PAPER.get(name, ("-", "-")))])
+    differences = [[name, cell(d.get("fid"), sign="+"), cell(d.get("kid"), 1000, sign="+"),
+                    cell(d.get("ssim"), 1, 4, sign="+"),
+                    cell(d.get("ssim_range1"), 1, 4, sign="+")]
+                   for name, d in record["differences"].items()]
+    sizes = [[name, key.upper()] + [f"{scale * s[key]:.2f}" for s in by_n.values()]
+             for name, by_n in record["by_size"].items()
+             for key, scale in (("fid", 1), ("kid", 1000))]
+    count = next(iter(record["by_size"].values()))
+    return "\n".join([
+        markdown(["images vs real", "N", f"{label} [95 %]", "KID x 1000", "SSIM (L = 255)",
+                  "SSIM (L = 1)", "paper FID", "paper SSIM"], rows), "",
+        f"N = {n} images on both sides of every row; ± is one standard error, [ ] a 95 % "
+        "interval (jackknife). It is the uncertainty at this N: FID's bias is not in it.", "",
+        markdown(["difference", "FID", "KID x 1000", "SSIM (L = 255)", "SSIM (L = 1)"],
+                 differences), "",
+        "Paired: the same real images and, where both have them, the same scenes. In brackets: "
+        "0 is in the 95 % interval.", "",
+        markdown(["the same images, in parts of N =", "", *map(str, count)], sizes), "",
+        "FID falls as N grows, although the images are the same; KID (x 1000) does not.", ""])
+
+
+def report(record, out):
+    """Write results/table2.json and .md, and print the tables."""
+    write_text(out / "table2.json", json.dumps(record, indent=1))
+    text = tables(record)
+    write_text(out / "table2.md", text)
     print(text)
-    print(f"done: {args.out / 'table2.md'}, {args.out / 'table2.json'}")
+    print(f"done: {out / 'table2.md'}, {out / 'table2.json'}")
+
+
+def weights_of(net, inception):
+    """(label of the FID column, SHA-256 of the weights)."""
+    label = {"imagenet": "FID (torchvision's ImageNet weights)",
+             "random": "random features, not an FID"}.get(
+        inception, f"FID ({Path(inception).name})")
+    return label, sha256(*net.state_dict().values())
+
+
+def sha256(*tensors):
+    return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in tensors)).hexdigest()
 
 
 def arguments():
@@ -132,16 +190,15 @@ def load_domains(folder):
     return {d: load_images(folder / d / "test") for d in domains}
 
 
-def main():
-    args = arguments()
-    device = pick_device(args.device)
-    announce("evaluate.py", device, args.seed, f"{args.data}/*", f"{args.out}/table2.*")
-    domains = load_domains(args.data)
-    real, floor = (load_images(args.data / "real" / s) for s in ("test", "train"))
+def check(domains, real, floor, args):
+    """How many images a row has; UserError when the folders do not fit each other."""
     for d, x in domains.items():
         if x.shape[1:] != real.shape[1:]:
             raise UserError(f"{args.data / d}: images are {x.shape[2]} x {x.shape[3]}, real ones "
                             f"{real.shape[2]} x {real.shape[3]}; prepare both with one --size")
+    if min(real.shape[2:]) < 11:
+        raise UserError(f"{args.data / 'real'}: images are {real.shape[2]} x {real.shape[3]}; "
+                        "SSIM's window needs 11 x 11")
     smallest = min(map(len, [real, floor, *domains.values()]))
     n = args.n or smallest
     if not 3 <= n <= smallest:
@@ -150,8 +207,19 @@ def main():
     if n < 2000:
         print(f"warning: N = {n} is small for FID: its bias is about 1/N, so compare rows with "
               "each other and with the floor, never with other papers")
+    return n
+
+
+def main():
+    args = arguments()
+    device = pick_device(args.device)
+    announce("evaluate.py", device, args.seed, f"{args.data}/*", f"{args.out}/table2.*")
+    domains = load_domains(args.data)
+    real, floor = (load_images(args.data / "real" / s) for s in ("test", "train"))
+    n = check(domains, real, floor, args)
     sample = torch.cat([x[:16] for x in (*domains.values(), floor)])     # for "random" only
     net = load_inception(args.inception, "pool3", sample, args.seed)
+    label, weights = weights_of(net, args.inception)
 
     # The same n images of every domain, n reals as their partners, n other reals: the floor.
     random = np.random.default_rng(args.pair_seed)
@@ -160,19 +228,26 @@ def main():
         return torch.from_numpy(random.permutation(len(images))[:n])
     real, floor = real[some(real)], floor[some(floor)]
     pick = some(next(iter(domains.values())))
-    domains = {d: x[pick] for d, x in domains.items()}
+    images = {**{d: x[pick] for d, x in domains.items()}, FLOOR: floor}
     flat = real.float().mean((0, 2, 3)).round().to(torch.uint8)[:, None, None].expand_as(real)
 
-    def features(x, name):
-        return inception_features(net, x, device, progress=lambda batches: progress(
-            batches, desc=f"Inception features of {name}", unit="batch"))
-    real_features = features(real, "real")
-    rows, baseline = {}, None
-    for d, x in {**domains, FLOOR: floor}.items():
-        rows[d], values = describe(x, features(x, d), real, real_features, baseline)
-        baseline = values if d == "synthetic" else baseline
-    rows["one flat colour (control)"], _ = describe(flat, None, real, None, baseline)
-    report(args, rows, net, n, device)
+    features = {d: inception_features(net, x, device, progress=lambda batches: progress(
+        batches, desc=f"Inception features of {d}", unit="batch"))
+        for d, x in {**images, "real": real}.items()}
+    rows = {d: score(x, features[d], real, features["real"], device) for d, x in images.items()}
+    rows[CONTROL] = score(flat, None, real, None, device)
+    pairs = [(d, next(iter(rows))) for d in rows][1:] + [("ours", "simgan")]
+    report({
+        **provenance(args, device), "label": label, "weights_sha256": weights,
+        "resize": "bilinear to 299 x 299, align_corners=False, no antialias", "n": n,
+        "pair_seed": args.pair_seed, "real_sha256": sha256(real),
+        "rows": {d: {"n": n, "images_sha256": sha256({**images, CONTROL: flat}[d]),
+                     "scores": {m: with_error(*s) for m, s in row.items()}}
+                 for d, row in rows.items()},
+        "differences": {f"{a} - {b}": difference(rows[a], rows[b]) for a, b in pairs
+                        if a in rows and b in rows},
+        "by_size": {d: by_size(features[d], features["real"])
+                    for d in (next(iter(rows)), FLOOR)}}, args.out)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     Refiner, Discriminator      section 5.1 and Table 1
     load_inception              the fixed network of the perceptual loss (Eq 5) and of FID
     fid, kid, ssim              section 5.2, written by hand: this is where to read them
+    leave_out, jackknife_error  how sure a score is
     UNet, DeepLabV3Plus         section 5.3
     save_checkpoint, load_checkpoint, pick_device
 
@@ -11,9 +12,14 @@ Reads and writes nothing but checkpoints. Images enter a network as float32 in [
 Only `prepare.py` (the data format and the error class) is imported.
 """
 import os
+import platform
+import shlex
 import signal
+import sys
 from pathlib import Path
 
+import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -44,6 +50,16 @@ def announce(script, device, seed, reads, writes):
         f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU")
     print(f"{script}: {device.type} ({name}), torch {torch.__version__}, torchvision "
           f"{torchvision.__version__}, seed {seed}; reads {reads}; writes {writes}", flush=True)
+
+
+def provenance(args, device):
+    """What a report must say so that its numbers can be made again: plain values."""
+    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+            "device": f"{device}, {torch.get_num_threads()} threads",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__, "numpy": np.__version__,
+                         "pillow": PIL.__version__}}
 
 
 def speed_up(net, device, precision="float32", compile=False):
@@ -189,8 +205,21 @@ def inception_state(weights):
                             "(--inception PATH) or use --inception random") from None
     else:
         state = load_tensors(weights, "--inception")
-        state = state if isinstance(state, dict) else {}
-    return {k: v for k, v in state.items() if not k.startswith(("fc.", "AuxLogits."))}
+    if not isinstance(state, dict):
+        return {}
+    return {k: v for k, v in state.items() if not str(k).startswith(("fc.", "AuxLogits."))}
+
+
+def load_weights(net, state, flag, name):
+    """Load `state` into `net`; UserError saying how much of torchvision's `name` is not in it."""
+    wanted = {k: v for k, v in net.state_dict().items() if "num_batches_tracked" not in k}
+    found = state if isinstance(state, dict) else {}
+    missing = [k for k, v in wanted.items() if getattr(found.get(k), "shape", None) != v.shape]
+    if missing:
+        raise UserError(f"{flag}: not the state dict of a torchvision {name}: {len(missing)} of "
+                        f"{len(wanted)} entries are missing or have another shape, the first is "
+                        f"{missing[0]}")
+    net.load_state_dict(found, strict=False)
 
 
 def load_inception(weights="imagenet", layer="pool3", images=None, seed=0):
@@ -213,17 +242,12 @@ def load_inception(weights="imagenet", layer="pool3", images=None, seed=0):
         if hasattr(module, "branch_pool"):
             module.branch_pool.register_forward_pre_hook(keras_average_pool)
     if weights != "random":
-        try:
-            net.load_state_dict(inception_state(weights))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()[:120]
-            raise UserError(f"--inception {weights}: not the state dict of a torchvision "
-                            f"inception_v3 ({reason})") from None
+        load_weights(net, inception_state(weights), f"--inception {weights}", "inception_v3")
     names = [name for name, _ in net.named_children()]        # they stand in forward order
-    last = "avgpool" if layer == "pool3" else layer
-    if last not in names[:names.index("avgpool") + 1]:
+    names = names[:names.index("avgpool")] + ["pool3"]
+    if layer not in names:
         raise UserError(f"--layer {layer}: Inception V3 has {', '.join(names)}")
-    part = nn.Sequential(*list(net.children())[:names.index(last) + 1])
+    part = nn.Sequential(*list(net.children())[:names.index(layer) + 1])
     if weights == "random":
         calibrate_batchnorm(part, images)
     if layer == "pool3":
@@ -257,13 +281,18 @@ def calibrate_batchnorm(net, images):
 def inception_features(net, images, device, batch_size=32, progress=iter):
     """pool3 features, float64 [N, 2048] on the CPU, of uint8 images [N, 3, H, W].
 
-    `progress` wraps the loop over batches, tqdm for example.
+    `progress` wraps the loop over batches, tqdm for example. Raises UserError when a feature
+    is not finite: the weights are damaged then.
     """
     net = net.to(device)
     features = []
     for batch in progress(images.split(batch_size)):
         features.append(net(resize_299(batch.to(device))).cpu().double())
-    return torch.cat(features)
+    features = torch.cat(features)
+    if not features.isfinite().all():
+        raise UserError("--inception: the features are not finite, so the weights are damaged; "
+                        "fetch the file again")
+    return features
 
 
 # ------------------------------------------------------------------- metrics, section 5.2
@@ -272,38 +301,86 @@ def inception_features(net, images, device, batch_size=32, progress=iter):
 def fid(features_a, features_b):
     """Frechet Inception Distance of two feature sets, [N1, d] and [N2, d] -> float >= 0.
 
-    FID = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr sqrt(S1 S2)   (Heusel et al. 2017), in float64.
-
-    With A, B the centred features over sqrt(N - 1), S1 = A'A and S2 = B'B, the last trace is
-    the nuclear norm of the small matrix A B': no d x d matrix, no complex square root. For
-    more than 2000 images the symmetric form tr sqrt(L' S2 L), S1 = L L', is cheaper.
+    FID = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr sqrt(S1 S2)   (Heusel et al. 2017), in float64,
+    S with N - 1. Raises ValueError for fewer than 2 images or unequal d.
     """
+    check_features(features_a, features_b)
     a, b = features_a.double(), features_b.double()
     distance = (a.mean(0) - b.mean(0)).square().sum()
-    a = (a - a.mean(0)) / (len(a) - 1) ** 0.5
+    a = (a - a.mean(0)) / (len(a) - 1) ** 0.5                  # now S1 = a'a and S2 = b'b
     b = (b - b.mean(0)) / (len(b) - 1) ** 0.5
-    if min(len(a), len(b)) <= 2000:
-        trace_sqrt = torch.linalg.svdvals(a @ b.T).sum()
-    else:
-        w, v = torch.linalg.eigh(a.T @ a)
-        bl = b @ (v * w.clamp(min=0).sqrt())                   # B L, so L'S2L = (BL)'(BL)
-        trace_sqrt = torch.linalg.eigvalsh(bl.T @ bl).clamp(min=0).sqrt().sum()
-    value = distance + a.square().sum() + b.square().sum() - 2 * trace_sqrt
+    trace_sqrt = trace_sqrt_nuclear if min(len(a), len(b)) <= 2000 else trace_sqrt_eigen
+    value = distance + a.square().sum() + b.square().sum() - 2 * trace_sqrt(a, b)
     return max(value.item(), 0.0)                              # -1e-13 on equal sets
 
 
-def kid(features_a, features_b):
+def trace_sqrt_nuclear(a, b):
+    """tr sqrt(S1 S2) with S1 = a'a, S2 = b'b: the nuclear norm of a b', [N1, N2].
+
+    S1 S2 = a'(a b')b has the eigenvalues of (a b')(a b')', so the trace of its root is the sum
+    of the singular values of a b': no d x d matrix, no complex root. Cheap for few images.
+    """
+    return torch.linalg.svdvals(a @ b.T).sum()
+
+
+def trace_sqrt_eigen(a, b):
+    """The same as the trace of the root of the symmetric L' S2 L, where S1 = L L', [d, d].
+
+    Cheap for many images. Eigenvalues that rounding pushed below 0 are 0.
+    """
+    w, v = torch.linalg.eigh(a.T @ a)
+    bl = b @ (v * w.clamp(min=0).sqrt())                       # b L, so L' S2 L = (b L)'(b L)
+    return torch.linalg.eigvalsh(bl.T @ bl).clamp(min=0).sqrt().sum()
+
+
+def check_features(a, b):
+    """ValueError unless a and b are [N1, d] and [N2, d] with two images or more each."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"wanted features [N, d] of 2 images or more, not {tuple(a.shape)} and "
+                         f"{tuple(b.shape)}")
+
+
+def kid(features_a, features_b, subset=None, subsets=100, seed=0):
     """Kernel Inception Distance (Binkowski et al. 2018): the unbiased squared MMD -> float.
 
     Kernel k(x, y) = (x.y / d + 1)^3. Unlike FID its mean does not depend on N, so it can be
-    a little below 0 for equal distributions.
+    a little below 0 for equal distributions. `subset`: the mean over `subsets` random subsets
+    of that many images, as packages do to save memory; None takes all pairs at once, which has
+    the same expectation and less noise. Raises ValueError as `fid` does.
     """
+    check_features(features_a, features_b)
+    if subset is not None:
+        random = torch.Generator().manual_seed(seed)
+        parts = [[x[torch.randperm(len(x), generator=random)[:subset]]
+                  for x in (features_a, features_b)] for _ in range(subsets)]
+        return sum(kid(*part) for part in parts) / subsets
     a, b = features_a.double(), features_b.double()
     m, n, d = len(a), len(b), a.shape[1]
     k_aa, k_bb, k_ab = ((x @ y.T / d + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     within_a = (k_aa.sum() - k_aa.trace()) / (m * (m - 1))
     within_b = (k_bb.sum() - k_bb.trace()) / (n * (n - 1))
     return (within_a + within_b - 2 * k_ab.mean()).item()
+
+
+def leave_out(metric, *sets, groups=20):
+    """metric(*sets) with the i-th of `groups` left out of every set at once: float64 [groups].
+
+    Element k of a set is in group k mod `groups`. Elements of equal index go together, so pairs
+    stay pairs, and what two scores have in common cancels in the difference of their values.
+    """
+    groups = min(groups, *map(len, sets))
+    return torch.tensor([metric(*[x[torch.arange(len(x)) % groups != i] for x in sets])
+                         for i in range(groups)], dtype=torch.float64)
+
+
+def jackknife_error(values):
+    """Standard error of a score from its `leave_out` values t:
+
+    Var = (g - 1) / g * sum (t_i - mean t)^2   (delete-a-group jackknife, Shao & Tu 1995).
+    No image is counted twice, as a bootstrap would: repeated images inflate FID.
+    """
+    g = len(values)
+    return ((g - 1) / g * (values - values.mean()).square().sum()).sqrt().item()
 
 
 def ssim(x, y, max_val=255):
@@ -384,11 +461,8 @@ class DeepLabV3Plus(nn.Module):
         b = torchvision.models.resnet50(weights=None,
                                         replace_stride_with_dilation=[False, False, True])
         if backbone_weights:
-            try:
-                b.load_state_dict(resnet_state(backbone_weights))
-            except (RuntimeError, TypeError):
-                raise UserError(f"--backbone-weights {backbone_weights}: not the state dict of "
-                                "a torchvision resnet50") from None
+            load_weights(b, resnet_state(backbone_weights),
+                         f"--backbone-weights {backbone_weights}", "resnet50")
         self.stem = nn.Sequential(b.conv1, b.bn1, b.relu, b.maxpool)
         self.layer1 = b.layer1
         self.deep = nn.Sequential(b.layer2, b.layer3, b.layer4)

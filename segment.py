@@ -22,10 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 
-from models import (DeepLabV3Plus, UNet, announce, load_tensors, pick_device, save_checkpoint,
-                    speed_up, to_float)
+from models import (DeepLabV3Plus, UNet, announce, jackknife_error, leave_out, load_tensors,
+                    pick_device, provenance, save_checkpoint, speed_up, to_float)
 from prepare import (CLASSES, IGNORE, PALETTE, UserError, load_images, load_labels, parser,
                      positive, progress, save_grid, start, write_text)
 
@@ -58,6 +57,16 @@ def confusion(truth, predicted, classes=len(CLASSES)):
     known = truth != IGNORE
     index = truth[known].long() * classes + predicted[known].long()
     return torch.bincount(index, minlength=classes ** 2).view(classes, classes)
+
+
+def scores_with_error(matrices):
+    """`scores` of the sum of one confusion matrix per test image, [N, classes, classes]; and
+    the standard errors that the choice of those images leaves (one training, one seed)."""
+    result = scores(matrices.sum(0))
+    for metric in ("mIoU", "accuracy"):
+        result[f"{metric}_se"] = jackknife_error(
+            leave_out(lambda m: scores(m.sum(0))[metric], matrices))
+    return result
 
 
 def scores(matrix):
@@ -243,25 +252,23 @@ def main():
                 for other in domains:
                     images, labels = data[other, "test"]
                     predicted = predict(net, images, device)
-                    matrices[seed][d][other] = confusion(labels, predicted)
+                    matrices[seed][d][other] = torch.stack(list(map(confusion, labels, predicted)))
                 if seed == args.seeds[0]:                      # `predicted` is on real now
                     pictures.setdefault(d, {})[network] = predicted
-            results.append({d: {o: scores(m) for o, m in row.items()}
+            results.append({d: {o: scores_with_error(m) for o, m in row.items()}
                             for d, row in matrices[seed].items()})
-        report(network, matrices, results, domains, count, args)
+        report(network, matrices, results, domains, count, args, device)
     draw_table7(args.out / "table7.png", data, pictures)
     print(f"done: {args.out}/segment_*.md, {args.out}/table7.png")
 
 
-def report(network, matrices, results, domains, count, args):
+def report(network, matrices, results, domains, count, args, device):
     """Write and print segment_NETWORK.json and .md."""
-    record = {"network": network, "domains": domains, "images": count, "epochs": args.epochs,
-              "batch_size": args.batch_size, "lr": args.lr, "seeds": args.seeds,
-              "precision": args.precision, "backbone_weights": str(args.backbone_weights),
-              "data": str(args.data), "torch": torch.__version__,
-              "torchvision": torchvision.__version__,
+    record = {**provenance(args, device), "network": network, "domains": domains,
+              "images": count, "seeds": args.seeds,
+              "test_images": {d: len(m) for d, m in next(iter(matrices.values()))["real"].items()},
               "scores": dict(zip(map(str, args.seeds), results)),
-              "confusion": {seed: {d: {o: m.tolist() for o, m in row.items()}
+              "confusion": {seed: {d: {o: m.sum(0).tolist() for o, m in row.items()}
                                    for d, row in rows.items()}
                             for seed, rows in matrices.items()}}
     write_text(args.out / f"segment_{network}.json", json.dumps(record))
@@ -269,9 +276,20 @@ def report(network, matrices, results, domains, count, args):
         f"### {TITLE[network]}: {count} training images, {args.epochs} epochs, batch "
         f"{args.batch_size}, lr {args.lr}, seeds {' '.join(map(str, args.seeds))}", "",
         matrix_table(network, "mIoU", results, domains),
-        matrix_table(network, "accuracy", results, domains), class_table(results, domains)])
+        matrix_table(network, "accuracy", results, domains), error_note(results, domains),
+        class_table(results, domains)])
     write_text(args.out / f"segment_{network}.md", text)
     print(text)
+
+
+def error_note(results, domains):
+    """One line: what ± is, and how much the choice of the test images alone can move a score."""
+    worst = [max(r[d]["real"][f"{m}_se"] for r in results for d in domains)
+             for m in ("mIoU", "accuracy")]
+    seeds = ("One seed: nothing here says how much another seed would change (--seeds 0 1 2)."
+             if len(results) == 1 else "± is the standard deviation over the seeds.")
+    return (f"{seeds} Standard error on real from the choice of test images: up to "
+            f"{worst[0]:.3f} (mIoU) and {worst[1]:.1f} (accuracy).\n")
 
 
 def draw_table7(path, data, pictures):

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,12 @@ def call(script, *args, cwd, status=0):
     out, err = process.communicate(timeout=300)
     assert process.returncode == status, f"{script} {args}: {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+def call_all(*commands, cwd):
+    """`call` several independent commands side by side; the list of their (stdout, stderr)."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda command: call(*command, cwd=cwd), commands))
 
 
 def draw_frame(rng, size, tint):
@@ -80,7 +87,6 @@ def project(raw, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("project")
     call("prepare.py", "--gta5", raw / "gtav", "--cityscapes", raw / "cityscapes", "--crop",
          "none", "--size", 24, 48, "--test", 3, "--workers", 1, cwd=cwd)
-    for method in ("ours", "simgan"):
-        call("pretrain.py", "--method", method, "--steps", 4, "--d-steps", 4, "--batch-size", 4,
-             "--inception", "random", cwd=cwd)
+    call_all(*[["pretrain.py", "--method", method, "--steps", 4, "--d-steps", 4, "--batch-size",
+                4, "--inception", "random"] for method in ("ours", "simgan")], cwd=cwd)
     return cwd

@@ -4,9 +4,11 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from evaluate import jackknife
-from models import fid, kid, ssim
-from segment import confusion, scores
+from models import (fid, jackknife_error, kid, leave_out, ssim, trace_sqrt_eigen,
+                    trace_sqrt_nuclear)
+from segment import confusion, scores, scores_with_error
+
+SEEDS = range(5)                                      # of the tests on random inputs
 
 # ------------------------------------------------------------------------------------- SSIM
 
@@ -53,17 +55,20 @@ def random_images(n, seed=0):
                          dtype=torch.uint8)
 
 
-def test_ssim_is_symmetric_and_one_on_itself():
+@pytest.mark.parametrize("seed", SEEDS)
+def test_ssim_is_symmetric_and_one_on_itself(seed):
     """Both follow from the formula: x and y enter alike, and equal moments cancel."""
-    x, y = random_images(3, 0).double(), random_images(3, 1).double()
+    x, y = random_images(3, seed).double(), random_images(3, seed + 100).double()
+    assert (ssim(x, y).abs() < 0.3).all()
     torch.testing.assert_close(ssim(x, y), ssim(y, x), rtol=0, atol=1e-12)
     torch.testing.assert_close(ssim(x, x), torch.ones(3).double(), rtol=0, atol=1e-12)
 
 
-def test_ssim_falls_with_growing_noise():
+@pytest.mark.parametrize("seed", SEEDS)
+def test_ssim_falls_with_growing_noise(seed):
     """The order that a similarity must keep."""
     x = as_batch(golden_pairs()["ramps"][0]).double()
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).double()
     values = [ssim(x, x + sigma * noise).item() for sigma in (0, 2, 5, 10, 30, 80)]
     assert values == sorted(values, reverse=True) and values[-1] < 0.5
 
@@ -81,6 +86,29 @@ def test_ssim_max_val_is_the_range():
     x, y = random_images(2, 0).double(), random_images(2, 1).double()
     torch.testing.assert_close(ssim(x, y, 255), ssim(x / 255, y / 255, 1), rtol=0, atol=1e-12)
     assert (ssim(x, y, 255) - ssim(x, y, 1)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(11, 11), (11, 40), (12, 11), (37, 23), (24, 48)])
+def test_ssim_equals_the_definition_window_by_window(shape):
+    """Wang et al. 2004, Eq 13, at any size: one 11 x 11 Gaussian window at a time."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(3, *shape, generator=g).double() * 255 for _ in range(2))
+    y = 0.7 * x + 0.3 * y
+    t = torch.arange(-5, 6).double()
+    w = torch.exp(-(t[:, None] ** 2 + t[None] ** 2) / (2 * 1.5 ** 2))
+    w = w / w.sum()
+    values = []
+    for i in range(shape[0] - 10):
+        for j in range(shape[1] - 10):
+            a, b = x[:, i:i + 11, j:j + 11], y[:, i:i + 11, j:j + 11]
+            ma, mb = ((w * v).sum((1, 2)) for v in (a, b))
+            va, vb, cov = ((w * v).sum((1, 2)) for v in (
+                (a - ma[:, None, None]) ** 2, (b - mb[:, None, None]) ** 2,
+                (a - ma[:, None, None]) * (b - mb[:, None, None])))
+            values.append((2 * ma * mb + 2.55 ** 2) * (2 * cov + 7.65 ** 2)
+                          / ((ma ** 2 + mb ** 2 + 2.55 ** 2) * (va + vb + 7.65 ** 2)))
+    wanted = torch.stack(values).mean().item()
+    assert ssim(x[None], y[None]).item() == pytest.approx(wanted, abs=1e-9)
 
 
 @pytest.mark.parametrize("shape_x, shape_y", [
@@ -124,7 +152,7 @@ def test_fid_of_diagonal_covariances():
     assert fid(a, b) == pytest.approx(5 + 1 + 2.25, rel=1e-10)
 
 
-@pytest.mark.parametrize("n1, n2", [(40, 40), (40, 71)])
+@pytest.mark.parametrize("n1, n2", [(40, 40), (40, 71), (2049, 60), (2100, 2300)])
 def test_fid_equals_the_formula_with_sqrtm(n1, n2):
     """|m1-m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)), S with N - 1, as every FID package has it."""
     a, b = random_features(n1, 6, 0), random_features(n2, 6, 1)
@@ -133,6 +161,41 @@ def test_fid_equals_the_formula_with_sqrtm(n1, n2):
     wanted = gap + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
     assert fid(a, b) == pytest.approx(wanted, rel=1e-8)
     assert fid(b, a) == pytest.approx(wanted, rel=1e-8)                     # symmetric
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_fid_is_symmetric_and_zero_on_itself(seed):
+    """On random features, sizes and dimensions, singular ones among them."""
+    g = np.random.default_rng(seed)
+    n1, n2, d = g.integers(2, 60, 3)
+    a, b = random_features(n1, d, seed), 3 * random_features(n2, d, seed + 100)
+    assert fid(a, b) == pytest.approx(fid(b, a), rel=1e-6) and fid(a, b) > 1e-3
+    assert 0 <= fid(a, a) < 1e-6 * fid(a, b)
+
+
+@pytest.mark.parametrize("n1, n2, d", [(30, 30, 6), (30, 50, 64), (200, 120, 512)])
+def test_the_two_forms_of_the_trace_agree(n1, n2, d):
+    """Of the very same features; in the last two both covariances are singular."""
+    a, b = (random_features(n, d, n) for n in (n1, n2))
+    a, b = a - a.mean(0), b - b.mean(0)
+    assert trace_sqrt_nuclear(a, b).item() == pytest.approx(trace_sqrt_eigen(a, b).item(),
+                                                            rel=1e-6)
+
+
+def test_fid_computes_in_float64():
+    """float32 features far from 0 (as pool3's are not negative): the covariance must not be
+    lost in rounding. Shifting both sets by one number changes nothing."""
+    a, b = random_features(50, 4, 0), random_features(60, 4, 1)
+    shifted = fid((a + 1000).float(), (b + 1000).float())
+    assert shifted == pytest.approx(fid(a, b), rel=1e-4)
+
+
+@pytest.mark.parametrize("metric", [fid, kid])
+@pytest.mark.parametrize("shape_a, shape_b", [((1, 4), (9, 4)), ((9, 4), (9, 5)), ((9,), (9,))])
+def test_fid_and_kid_refuse_what_has_no_covariance(metric, shape_a, shape_b):
+    """One image, unequal dimensions, no dimension."""
+    with pytest.raises(ValueError, match="features"):
+        metric(torch.ones(shape_a), torch.ones(shape_b))
 
 
 @pytest.mark.parametrize("n, d", [(50, 6), (10, 64), (2001, 6)])
@@ -174,6 +237,17 @@ def test_kid_equals_the_direct_sum():
     assert kid(b, a) == pytest.approx(wanted, rel=1e-10)                    # symmetric
 
 
+def test_kid_in_subsets():
+    """The mean over subsets: all pairs at once when the subset is everything, its expectation
+    otherwise (the unbiased estimate of a subset has the mean of the whole)."""
+    a, b = random_features(30, 3, 0), random_features(30, 3, 1)
+    assert kid(a, b, subset=30, subsets=3) == pytest.approx(kid(a, b), rel=1e-10)
+    parts = np.array([kid(a, b, subset=10, subsets=1, seed=i) for i in range(400)])
+    assert abs(parts.mean() - kid(a, b)) < 4 * parts.std(ddof=1) / 20 and parts.std() > 0
+    first = kid(a, b, subset=10, subsets=5)
+    assert first == kid(a, b, subset=10, subsets=5) != kid(a, b, subset=10, subsets=5, seed=1)
+
+
 def test_kid_is_unbiased():
     """Two sets of one distribution: 0 on average, hence below 0 about half of the time."""
     g = torch.Generator().manual_seed(0)
@@ -187,6 +261,17 @@ def test_kid_is_unbiased():
 
 def mean_gap(a, b):
     return (a.mean() - b.mean()).item()
+
+
+def jackknife(metric, *sets, groups):
+    return jackknife_error(leave_out(metric, *sets, groups=groups))
+
+
+def test_leave_out_leaves_out_one_group_of_every_set():
+    """Element k is in group k mod 3, in both sets."""
+    a, b = torch.arange(7.0), torch.arange(3.0) * 10
+    seen = leave_out(lambda x, y: (x.sum() + y.sum()).item(), a, b, groups=3)
+    assert seen.tolist() == [51 - (0 + 3 + 6) - 0, 51 - (1 + 4) - 10, 51 - (2 + 5) - 20]
 
 
 def test_jackknife_of_pairs_is_the_paired_standard_error():
@@ -218,6 +303,19 @@ def test_jackknife_of_groups():
     assert jackknife(mean_gap, a, b, groups=10) == pytest.approx(wanted, rel=1e-10)
 
 
+@pytest.mark.parametrize("metric, d", [(fid, 8), (fid, 100), (kid, 8)])
+def test_jackknife_error_is_the_spread_over_new_samples(metric, d):
+    """What the error claims: the standard deviation of the score over new sets of images, here
+    60 of them, more and fewer images than dimensions. Both are estimates: within a fifth."""
+    g, roots = torch.Generator().manual_seed(0), 1 / torch.arange(1, d + 1).double()
+    scores_, errors = [], []
+    for _ in range(150):
+        a, b = (torch.randn(60, d, generator=g).double() * roots + shift for shift in (0, 0.5))
+        scores_.append(metric(a, b))
+        errors.append(jackknife(metric, a, b, groups=20))
+    assert np.mean(errors) == pytest.approx(np.std(scores_, ddof=1), rel=0.2)
+
+
 # --------------------------------------------------------------------- mIoU, pixel accuracy
 
 TRUTH = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 255]])
@@ -247,6 +345,42 @@ def test_scores_count_a_class_that_is_only_predicted():
     s = scores(confusion(TRUTH, predicted, 4))
     assert s["mIoU"] == pytest.approx((0.75 + 0.5 + 0) / 3, abs=1e-12)      # 0.416667
     assert s["IoU"][3] == 0 and s["classes"] == 3
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_scores_equal_the_definition_of_cityscapes(seed):
+    """Pixel by pixel, class by class: IoU = TP / (TP + FP + FN) over all images; a pixel whose
+    truth is void is in none of the three, whatever was predicted on it."""
+    g = torch.Generator().manual_seed(seed)
+    truth, predicted = torch.randint(0, 6, (2, 4, 5, 7), generator=g)
+    truth[truth == 5] = 255
+    predicted[predicted == 1] = 0                                # class 1: never predicted
+    truth[truth == 2] = 3                                        # class 2: never true
+    s = scores(confusion(truth, predicted, 8))                   # classes 5 (here) to 7: absent
+    pairs = [(t, p) for t, p in zip(truth.flatten().tolist(), predicted.flatten().tolist())
+             if t != 255]
+    for c in range(8):
+        tp = sum(t == c and p == c for t, p in pairs)
+        fp = sum(t != c and p == c for t, p in pairs)
+        fn = sum(t == c and p != c for t, p in pairs)
+        if tp + fp + fn:
+            assert s["IoU"][c] == pytest.approx(tp / (tp + fp + fn), abs=1e-12)
+        else:
+            assert np.isnan(s["IoU"][c])
+    assert s["classes"] == 6 and s["IoU"][1] == 0 and s["IoU"][2] == 0
+    assert s["mIoU"] == pytest.approx(np.nanmean(s["IoU"]), abs=1e-12)
+    assert s["accuracy"] == pytest.approx(100 * np.mean([t == p for t, p in pairs]), abs=1e-10)
+
+
+def test_scores_with_error_are_those_of_the_sum():
+    """One matrix per image in, the scores of the whole set out; the accuracy's error, with one
+    known pixel in every image and an image a group, is that of a proportion."""
+    right = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1])
+    truth = torch.zeros(8, 1, 1, dtype=torch.long)
+    matrices = torch.stack(list(map(confusion, truth, 1 - right.view(8, 1, 1))))
+    s = scores_with_error(matrices)
+    assert s["accuracy"] == 75 and s["mIoU"] == scores(matrices.sum(0))["mIoU"]
+    assert s["accuracy_se"] == pytest.approx(100 * right.double().std().item() / 8 ** 0.5)
 
 
 def test_scores_of_an_empty_matrix():

@@ -1,4 +1,5 @@
 """The networks, Inception's weights and the checkpoints. Random weights, no download."""
+import copy
 import math
 import pickle
 import urllib.error
@@ -13,7 +14,7 @@ from torch import nn
 import models
 from models import (DeepLabV3Plus, Discriminator, Refiner, UNet, inception_features,
                     keras_average_pool, load_checkpoint, load_inception, patch_loss, pick_device,
-                    same_pad, save_checkpoint, speed_up, to_float, to_uint8)
+                    resize_299, same_pad, save_checkpoint, speed_up, to_float, to_uint8)
 from prepare import UserError
 
 
@@ -160,16 +161,24 @@ def pool3(images):
 
 
 @pytest.fixture(scope="module")
-def full():
+def full(images):
     """torchvision's own network with auxiliary head and classifier, as its file has them."""
     torch.manual_seed(1)
     net = torchvision.models.inception_v3(weights=None, init_weights=False, aux_logits=True,
                                           transform_input=False)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):          # a trained one is not 0 and 1
-            nn.init.uniform_(module.running_mean, -0.1, 0.1)
-            nn.init.uniform_(module.running_var, 1e-4, 2e-4)
+            module.momentum = None                      # the average of one pass
+    with torch.no_grad():
+        net.train()(resize_299(images[:4]))
     return net.eval()
+
+
+@pytest.fixture(scope="module")
+def full_file(full, tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "net.pt"
+    torch.save(full.state_dict(), path)
+    return path
 
 
 def without(state, *parts):
@@ -203,12 +212,48 @@ def test_every_inception_block_pools_as_keras(pool3):
         assert list(block.branch_pool._forward_pre_hooks.values()) == [keras_average_pool]
 
 
-@pytest.mark.parametrize("layer, shape", [
-    ("Conv2d_4a_3x3", (192, 16, 36)), ("Mixed_5d", (288, 7, 17)), ("Mixed_6e", (768, 3, 8))])
-def test_inception_layer_shapes(images, layer, shape):
-    """Keras' InceptionV3 gives these at 80 x 160; the layer itself (with its ReLU) is last."""
-    y = load_inception("random", layer, images)(to_float(images[:2]))
-    assert y.shape == (2, *shape) and y.min() >= 0
+LAYERS = {"Conv2d_1a_3x3": (32, 39, 79), "Conv2d_2a_3x3": (32, 37, 77),
+          "Conv2d_2b_3x3": (64, 37, 77), "maxpool1": (64, 18, 38),
+          "Conv2d_3b_1x1": (80, 18, 38), "Conv2d_4a_3x3": (192, 16, 36),
+          "maxpool2": (192, 7, 17), "Mixed_5b": (256, 7, 17), "Mixed_5c": (288, 7, 17),
+          "Mixed_5d": (288, 7, 17), "Mixed_6a": (768, 3, 8), "Mixed_6b": (768, 3, 8),
+          "Mixed_6c": (768, 3, 8), "Mixed_6d": (768, 3, 8), "Mixed_6e": (768, 3, 8),
+          "Mixed_7a": (1280, 1, 3), "Mixed_7b": (2048, 1, 3), "Mixed_7c": (2048, 1, 3),
+          "pool3": (2048,)}                                   # Keras' shapes at 80 x 160
+
+
+@pytest.fixture(scope="module")
+def outputs(full, images):
+    """What torchvision's own forward pass gives at every layer, with Keras' pooling (which
+    torchvision can be told, but not by an argument)."""
+    seen, net = {}, copy.deepcopy(full).double()
+    for name, module in net.named_children():
+        module.register_forward_hook(lambda m, x, y, name=name: seen.update({name: y}))
+    pool = F.avg_pool2d
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(F, "avg_pool2d", lambda *args, **keywords: pool(
+            *args, **keywords, count_include_pad=False))
+        net(to_float(images[:2]).double())
+    return {**seen, "pool3": seen["avgpool"].flatten(1)}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_inception_layer_equals_torchvisions_with_keras_pooling(
+        layer, full_file, images, outputs):
+    """Shapes of Keras' InceptionV3 and values of torchvision's forward(), from the file; in
+    float64, since 94 random layers enlarge the last digits of float32."""
+    with torch.no_grad():
+        y = load_inception(full_file, layer).double()(to_float(images[:2]).double())
+    assert y.shape == (2, *LAYERS[layer]) and y.min() >= 0 and outputs[layer].std() > 1e-2
+    torch.testing.assert_close(y, outputs[layer], rtol=1e-9, atol=1e-9)
+
+
+def test_the_help_names_every_layer():
+    """What is documented is what is tested: an unknown layer's error lists these."""
+    with pytest.raises(UserError) as caught:
+        load_inception("random", "no such layer")
+    for layer in LAYERS:
+        assert layer in str(caught.value)
 
 
 def test_inception_pool3_is_frozen_and_not_flat(pool3, images):
@@ -218,11 +263,23 @@ def test_inception_pool3_is_frozen_and_not_flat(pool3, images):
     assert y.isfinite().all() and y.std(0).mean() > 1e-3
 
 
-def test_inception_features_do_not_depend_on_the_batch_size(pool3, images):
+def test_inception_features_do_not_depend_on_batch_size_or_order(pool3, images):
     """BatchNorm is in eval mode: an image's features are its own."""
-    one, all_ = (inception_features(pool3, images[:3], "cpu", batch_size=n) for n in (1, 3))
+    one, all_ = (inception_features(pool3, images[:3], "cpu", batch_size=n) for n in (2, 3))
+    order = [2, 0, 1]
+    turned = inception_features(pool3, images[order], "cpu", batch_size=3)
     assert all_.shape == (3, 2048) and all_.dtype == torch.float64
-    torch.testing.assert_close(one, all_, rtol=1e-4, atol=1e-4 * all_.abs().max().item())
+    near = {"rtol": 1e-4, "atol": 1e-4 * all_.abs().max().item()}
+    torch.testing.assert_close(one, all_, **near)
+    torch.testing.assert_close(turned, all_[order], **near)
+
+
+def test_features_that_are_not_finite_are_refused(images):
+    """Damaged weights must not become a score."""
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    net[2].weight.data[0, 0] = torch.inf
+    with pytest.raises(UserError, match="--inception.*not finite"), torch.no_grad():
+        inception_features(net, images, "cpu")
 
 
 def test_random_inception_is_reproducible(images, pool3):
@@ -265,6 +322,10 @@ def test_inception_from_a_half_precision_file(full, images, tmp_path):
     assert 0 < (half - single).norm() < 5e-3 * single.norm()
 
 
+def save_list(path, full):
+    torch.save([1, 2], path)
+
+
 def save_garbage(path, full):
     path.write_bytes(bytes(range(256)) * 20)
 
@@ -297,13 +358,17 @@ def save_part(path, full):
     torch.save(without(full.state_dict(), "Mixed_7c"), path)
 
 
-@pytest.mark.parametrize("save", [
-    save_garbage, save_nothing, save_text, save_tensor, save_other_network, save_our_checkpoint,
-    save_wrong_shape, save_part])
-def test_inception_refuses_another_file(full, tmp_path, save):
-    """Whatever is in the file: one error that names the flag and the file."""
+@pytest.mark.parametrize("save, found", [
+    (save_garbage, "damaged"), (save_nothing, "damaged"), (save_text, "damaged"),
+    (save_tensor, "470 of 470"), (save_list, "470 of 470"),
+    (save_other_network, "470 of 470 .*first is Conv2d_1a_3x3.conv.weight"),
+    (save_our_checkpoint, "470 of 470"),
+    (save_wrong_shape, "1 of 470 .*first is Mixed_5b.branch1x1.conv.weight"),
+    (save_part, "45 of 470 .*first is Mixed_7c.branch1x1.conv.weight")])
+def test_inception_refuses_another_file(full, tmp_path, save, found):
+    """Whatever is in the file: one error that names the flag, the file and what is missing."""
     save(tmp_path / "net.pt", full)
-    with pytest.raises(UserError, match="--inception .*net.pt"):
+    with pytest.raises(UserError, match=f"--inception .*net.pt.*{found}"):
         load_inception(tmp_path / "net.pt")
 
 
@@ -311,7 +376,7 @@ def test_inception_refuses_a_missing_file_and_an_unknown_layer(images, tmp_path)
     """The error names the flag; for a layer it lists what there is."""
     with pytest.raises(UserError, match="--inception .*none.pt"):
         load_inception(tmp_path / "none.pt")
-    for layer in ("conv2d_4", "fc"):
+    for layer in ("conv2d_4", "fc", "avgpool", "AuxLogits"):
         with pytest.raises(UserError, match=f"--layer {layer}.*Conv2d_4a_3x3"):
             load_inception("random", layer, images)
 

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import call, call_all
 from PIL import Image
 
 from prepare import load_images, load_labels, names
@@ -19,15 +19,15 @@ def finished(project, tmp_path_factory):
     """The whole chain at toy size, both methods: the folder in which all six stages have run."""
     cwd = tmp_path_factory.mktemp("finished") / "project"
     shutil.copytree(project, cwd)
-    for method in ("ours", "simgan"):
-        call("train_gan.py", "--method", method, *GAN, cwd=cwd)
-        call("refine.py", "--method", method, cwd=cwd)
-    call("refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "data/pretrained",
-         cwd=cwd)
-    out, _ = call("evaluate.py", "--inception", "random", cwd=cwd)
+    call_all(*[["train_gan.py", "--method", m, *GAN] for m in ("ours", "simgan")], cwd=cwd)
+    call_all(*[["refine.py", "--method", m] for m in ("ours", "simgan")],
+             ["refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "data/pretrained"],
+             cwd=cwd)
+    (out, _), _ = call_all(
+        ["evaluate.py", "--inception", "random"],
+        ["segment.py", "--network", "unet", "--epochs", 1, "--batch-size", 4, "--seeds", 0, 1],
+        cwd=cwd)
     assert "random features, not an FID" in out and "missing" not in out
-    call("segment.py", "--network", "unet", "--epochs", 1, "--batch-size", 4, "--seeds", 0, 1,
-         cwd=cwd)
     return cwd
 
 
@@ -77,20 +77,13 @@ def test_table2_is_complete_and_consistent(finished):
     table = json.loads((finished / "results/table2.json").read_text())
     assert list(table["rows"])[:4] == ["synthetic", "pretrained", "simgan", "ours"]
     assert len(table["rows"]) == 6 and table["n"] == 3
-    for row in list(table["rows"].values())[:5]:
+    rows = {d: row["scores"] for d, row in table["rows"].items()}
+    for row in list(rows.values())[:5]:
         for key in ("fid", "kid", "ssim", "ssim_range1"):
-            assert np.isfinite(row[key]) and row[key + "_se"] >= 0
-    rows = table["rows"]
-    assert rows["ours"]["ssim_minus_synthetic"] == pytest.approx(
-        rows["ours"]["ssim"] - rows["synthetic"]["ssim"], abs=1e-6)
-    assert {"weights_sha256", "resize", "pair_seed", "torch", "data"} <= set(table)
+            assert np.isfinite(row[key]["value"]) and row[key]["se"] >= 0
+    assert table["differences"]["ours - synthetic"]["ssim"]["value"] == pytest.approx(
+        rows["ours"]["ssim"]["value"] - rows["synthetic"]["ssim"]["value"], abs=1e-6)
     assert "60.82" in (finished / "results/table2.md").read_text()
-
-
-def test_evaluate_names_what_is_missing(project):
-    out, _ = call("evaluate.py", "--inception", "random", "--n", 3, cwd=project)
-    for domain in ("pretrained", "simgan", "ours"):
-        assert f"missing: data/{domain}/" in out
 
 
 def test_segment_matrices_are_full_and_the_papers_cells_marked(finished):
@@ -98,6 +91,8 @@ def test_segment_matrices_are_full_and_the_papers_cells_marked(finished):
     domains = ["synthetic", "simgan", "ours", "real"]
     assert record["domains"] == domains and record["seeds"] == [0, 1]
     assert record["images"] == 9                            # equal for all: the smallest has 9
+    assert record["settings"]["epochs"] == 1 and "torch" in record["versions"]
+    assert all(s["mIoU_se"] >= 0 for s in record["scores"]["0"]["real"].values())
     known = int((load_labels(finished / "data/real/test") != 255).sum())
     for seed in ("0", "1"):
         for d in domains:
@@ -127,6 +122,6 @@ def test_a_finished_cell_is_not_trained_again_but_a_changed_one_is(finished):
 
 
 def test_deeplab_runs_through(finished):
-    call("segment.py", "--network", "deeplabv3plus", "--epochs", 1, "--batch-size", 4,
+    call("segment.py", "--network", "deeplabv3plus", "--epochs", 1, "--batch-size", 8,
          "--out", "other", cwd=finished)
     assert (finished / "other/segment_deeplabv3plus.json").is_file()

@@ -1,0 +1,210 @@
+"""Table 2: its errors, its differences, what its files say. The metrics: test_metrics.py."""
+import hashlib
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import call_all
+from PIL import Image
+
+import evaluate
+from evaluate import by_size, cell, difference, score, tables, weights_of, with_error
+from models import fid, kid, ssim
+from prepare import UserError
+
+CPU = torch.device("cpu")
+
+
+def scenes(n=24, noise=0.0, seed=0):
+    """uint8 images [n, 3, 16, 24] of equal scenes for equal seeds, and their features [n, 5]."""
+    g = torch.Generator().manual_seed(seed)
+    images = 100 + 40 * torch.randn(n, 3, 16, 24, generator=g)
+    features = torch.randn(n, 5, generator=g).double()
+    g.manual_seed(seed + 1000)
+    images = images + noise * torch.randn(images.shape, generator=g)
+    features = features + 0.02 * noise * torch.randn(n, 5, generator=g).double()
+    return images.clamp(0, 255).to(torch.uint8), features
+
+
+REAL, REAL_FEATURES = scenes(seed=9)
+
+
+def scored(noise=0.0, seed=0):
+    return score(*scenes(noise=noise, seed=seed), REAL, REAL_FEATURES, CPU)
+
+
+def test_scores_are_the_metrics_and_ssim_has_the_classical_error():
+    """The mean over pairs and its s / sqrt(N), at both ranges; FID and KID of the features."""
+    images, features = scenes()
+    row = {m: with_error(*s) for m, s in score(images, features, REAL, REAL_FEATURES,
+                                               CPU).items()}
+    for name, max_val in (("ssim", 255), ("ssim_range1", 1)):
+        values = ssim(images.float(), REAL.float(), max_val).double()
+        assert row[name]["value"] == pytest.approx(values.mean().item(), rel=1e-9)
+        assert row[name]["se"] == pytest.approx(values.std().item() / 24 ** 0.5, rel=1e-6)
+    assert row["fid"]["value"] == fid(features, REAL_FEATURES)
+    assert row["kid"]["value"] == kid(features, REAL_FEATURES)
+    for s in row.values():
+        assert s["low"] < s["value"] < s["high"] and s["se"] > 0
+
+
+def test_the_interval_is_students():
+    """20 replicates: 2.093 standard errors on both sides (t with 19 degrees of freedom)."""
+    s = with_error(5.0, torch.randn(20, generator=torch.Generator().manual_seed(0)).double())
+    assert (s["high"] - s["value"]) / s["se"] == pytest.approx(2.093024, rel=1e-6)
+    assert s["value"] - s["low"] == pytest.approx(s["high"] - s["value"])
+
+
+def test_the_interval_covers_what_new_samples_give():
+    """95 % intervals of FID at one N cover the mean FID at that N, in 200 repetitions."""
+    g = torch.Generator().manual_seed(0)
+    intervals = []
+    for _ in range(200):
+        a, b = torch.randn(2, 60, 6, generator=g).double()
+        features = a + 0.7, b
+        intervals.append(with_error(fid(*features), evaluate.leave_out(fid, *features)))
+    mean = np.mean([s["value"] for s in intervals])
+    covered = np.mean([s["low"] <= mean <= s["high"] for s in intervals])
+    assert 0.90 <= covered <= 0.995
+
+
+def test_differences_are_paired():
+    """Two versions of the same scenes share their noise, so that the error of the difference is
+    far below that of either; two sets of other scenes do not."""
+    base, refined, others = scored(), scored(noise=3), scored(seed=1)
+    for metric in ("fid", "kid", "ssim"):
+        single = with_error(*base[metric])["se"]
+        assert difference(refined, base)[metric]["se"] < 0.5 * single
+        assert difference(others, base)[metric]["se"] > 0.5 * single
+    assert difference(refined, base)["ssim"]["value"] == pytest.approx(
+        refined["ssim"][0] - base["ssim"][0], rel=1e-9)
+
+
+def test_a_difference_inside_its_error_is_marked():
+    """Of equal distributions (other scenes): not sure. Of far ones: sure. And so in the cell."""
+    images, features = scenes()
+    far = difference(score(images, features + 2, REAL, REAL_FEATURES, CPU), scored())
+    near = difference(scored(seed=1), scored(seed=2))
+    assert far["fid"]["sure"] and far["kid"]["sure"] and far["fid"]["value"] > 0
+    assert not near["fid"]["sure"] and not near["kid"]["sure"]
+    assert "inside its error" in cell(near["fid"], sign="+")
+    assert "inside its error" not in cell(far["fid"], sign="+")
+    same = difference(scored(), scored())["fid"]
+    assert same["value"] == 0 and not same["sure"]
+
+
+def test_a_cell_shows_value_and_error():
+    s = {"value": -0.01234, "se": 0.0004, "low": -0.0131, "high": -0.0115}
+    assert cell(s, 1000, 1) == "-12.3 ± 0.4"
+    assert cell(s, 1000, 1, interval=True) == "-12.3 [-13.1, -11.5]"
+    assert cell({**s, "value": 0.5, "sure": False}, sign="+") == "(+0.50 ± 0.00) inside its error"
+    assert cell(None) == "-"
+
+
+def test_by_size_shows_the_bias_of_fid_and_not_of_kid():
+    """Two samples of one distribution, 200 numbers wide: FID falls with N, KID stays at 0."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 80, 200, generator=g).double()
+    sizes = by_size(a, b)
+    assert list(sizes) == [20, 40, 80]
+    assert sizes[80] == {"fid": fid(a, b), "kid": pytest.approx(kid(a, b))}
+    assert sizes[40]["fid"] == pytest.approx((fid(a[:40], b[:40]) + fid(a[40:], b[40:])) / 2)
+    assert sizes[20]["fid"] > 1.1 * sizes[40]["fid"] > 1.2 * sizes[80]["fid"] > 10
+    assert all(abs(s["kid"]) < 0.5 for s in sizes.values())
+    assert list(by_size(a[:3], b[:3])) == [3]                     # a part needs two images
+
+
+# ------------------------------------------------------------------ the command and its files
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """data/ with 6 images of synthetic, simgan, ours (12 x 20) and real: no labels needed."""
+    cwd = tmp_path_factory.mktemp("evaluate")
+    g = np.random.default_rng(0)
+    scene = g.integers(0, 256, (6, 12, 20, 3))
+    for domain, mix in (("synthetic", 1.0), ("simgan", 0.8), ("ours", 0.7)):
+        draw(cwd / "data" / domain / "test", scene * mix + 30)
+    for split in ("train", "test"):
+        draw(cwd / "data/real" / split, g.integers(0, 200, scene.shape))
+    return cwd
+
+
+def draw(path, images):
+    (path / "images").mkdir(parents=True)
+    for i, image in enumerate(images.clip(0, 255).astype(np.uint8)):
+        Image.fromarray(image).save(path / "images" / f"{i:05d}.png")
+
+
+@pytest.fixture(scope="module")
+def both(folder):
+    """What the command printed and its record, for two pairings."""
+    printed = call_all(["evaluate.py", "--inception", "random"],
+                       ["evaluate.py", "--inception", "random", "--pair-seed", 1, "--out",
+                        "other"], cwd=folder)
+    return [(out, json.loads((folder / name / "table2.json").read_text()))
+            for (out, _), name in zip(printed, ("results", "other"))]
+
+
+def test_the_report_shows_everything(both, folder):
+    """N, intervals, the floor, the control, paired differences, marks, sizes, the warning."""
+    out, record = both[0]
+    rows = ["synthetic", "simgan", "ours", evaluate.FLOOR, evaluate.CONTROL]
+    assert list(record["rows"]) == rows
+    assert {r["n"] for r in record["rows"].values()} == {6}
+    for name in rows[:4]:
+        assert list(record["rows"][name]["scores"]) == evaluate.METRICS
+    assert list(record["rows"][evaluate.CONTROL]["scores"]) == ["ssim", "ssim_range1"]
+    assert list(record["differences"]) == [f"{r} - synthetic" for r in rows[1:]] + [
+        "ours - simgan"]
+    assert {s for d in record["by_size"].values() for s in d} == {"3", "6"}
+    text = (folder / "results/table2.md").read_text()
+    assert text in out and text == tables(record)
+    assert "warning: N = 6 is small for FID" in out
+    for words in ("| N |", "random features, not an FID [95 %]", "60.82", "± ", "N = 6"):
+        assert words in text
+    assert "missing: data/pretrained/" in out
+
+
+def test_every_score_can_be_traced(both):
+    """Weights by name and hash, images by hash, resize, pairing, data, command, versions."""
+    _, record = both[0]
+    assert record["command"] == "evaluate.py --inception random"
+    assert record["settings"]["data"] == "data" and record["settings"]["inception"] == "random"
+    assert record["pair_seed"] == 0 and record["n"] == 6 and "bilinear" in record["resize"]
+    assert record["versions"]["torch"] == torch.__version__ and record["device"].startswith("cpu")
+    hashes = [r["images_sha256"] for r in record["rows"].values()] + [
+        record["real_sha256"], record["weights_sha256"]]
+    assert len(set(hashes)) == 7 and {len(h) for h in hashes} == {64}
+
+
+def test_the_weights_name_and_hash():
+    """The hash is that of the weights in memory, the label the name of their file."""
+    net = torch.nn.Linear(2, 1)
+    content = net.weight.detach().numpy().tobytes() + net.bias.detach().numpy().tobytes()
+    assert weights_of(net, "some/file.pt") == ("FID (file.pt)",
+                                               hashlib.sha256(content).hexdigest())
+    assert "not an FID" in weights_of(net, "random")[0]
+
+
+def test_another_pairing_changes_ssim_and_not_fid(both):
+    """--pair-seed decides who is whose partner; with all images taken FID sees the same sets
+    (to the noise of a random Inception in float32)."""
+    for name in ("synthetic", "ours"):
+        a, b = (record["rows"][name]["scores"] for _, record in both)
+        assert a["ssim"]["value"] != b["ssim"]["value"]
+        assert a["fid"]["value"] == pytest.approx(b["fid"]["value"], rel=1e-3)
+    assert both[1][1]["pair_seed"] == 1
+
+
+def test_images_under_the_window_of_ssim_are_refused(tmp_path, monkeypatch):
+    """No traceback from inside the metric: one line that says what is wrong."""
+    images = np.random.default_rng(0).integers(0, 256, (4, 10, 20, 3))
+    for part in ("synthetic/test", "real/test", "real/train"):
+        draw(tmp_path / "data" / part, images)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--inception", "random"])
+    with pytest.raises(UserError, match="data/real.* 10 x 20.*11 x 11"):
+        evaluate.main()
