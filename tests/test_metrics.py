@@ -1,4 +1,6 @@
 """The metrics against golden values, closed forms and direct sums."""
+import argparse
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from scipy.linalg import sqrtm
 
 from models import (fid, jackknife_error, kid, leave_out, ssim, trace_sqrt_eigen,
                     trace_sqrt_nuclear)
-from segment import confusion, scores, scores_with_error
+from segment import confusion, scores, scores_with_error, train
 
 SEEDS = range(5)                                      # of the tests on random inputs
 
@@ -401,3 +403,18 @@ def test_confusion_is_one_matrix_over_the_test_set():
     keep = [0, 1, 3, 4, 5]
     assert torch.equal(confusion(truth[keep], predicted[keep]), whole)
     assert whole.sum() == 5 * 8 * 9 and np.isfinite(scores(whole)["accuracy"])
+
+
+def test_an_all_void_batch_harms_nothing():
+    """Cross-entropy over no pixel would be nan and end the training: it must be 0. With Adam's
+    moments at 0 the weights stay where they are, and other batches train as ever."""
+    args = argparse.Namespace(batch_size=2, epochs=2, lr=0.1)
+    images = random_images(4)
+    for void, changed in ((slice(None), False), (slice(0, 2), True)):
+        labels = torch.full((4, 32, 40), 3, dtype=torch.uint8)
+        labels[void] = 255
+        torch.manual_seed(0)
+        net = torch.nn.Conv2d(3, 19, 1)
+        before = net.weight.detach().clone()
+        train(net, images, labels, args, torch.device("cpu"), "a test")
+        assert net.weight.isfinite().all() and torch.equal(net.weight, before) != changed
