@@ -210,6 +210,20 @@ def check(domains, real, floor, args):
     return n
 
 
+def choose(domains, real, floor, n, pair_seed):
+    """n images of each folder by chance: ({domain: images, FLOOR: other reals}, real).
+
+    The same scenes of every domain, and the same reals as their partners in every row.
+    """
+    random = np.random.default_rng(pair_seed)
+
+    def some(images):
+        return torch.from_numpy(random.permutation(len(images))[:n])
+    real, floor = real[some(real)], floor[some(floor)]
+    scenes = some(next(iter(domains.values())))
+    return {**{d: x[scenes] for d, x in domains.items()}, FLOOR: floor}, real
+
+
 def main():
     args = arguments()
     device = pick_device(args.device)
@@ -221,14 +235,7 @@ def main():
     net = load_inception(args.inception, "pool3", sample, args.seed)
     label, weights = weights_of(net, args.inception)
 
-    # The same n images of every domain, n reals as their partners, n other reals: the floor.
-    random = np.random.default_rng(args.pair_seed)
-
-    def some(images):
-        return torch.from_numpy(random.permutation(len(images))[:n])
-    real, floor = real[some(real)], floor[some(floor)]
-    pick = some(next(iter(domains.values())))
-    images = {**{d: x[pick] for d, x in domains.items()}, FLOOR: floor}
+    images, real = choose(domains, real, floor, n, args.pair_seed)
     flat = real.float().mean((0, 2, 3)).round().to(torch.uint8)[:, None, None].expand_as(real)
 
     features = {d: inception_features(net, x, device, progress=lambda batches: progress(

@@ -194,24 +194,22 @@ def keras_average_pool(module, inputs):
 
 
 def inception_state(weights):
-    """The state dict of an ImageNet Inception V3, from torchvision ("imagenet") or a file,
-    without the two classifiers (fc, AuxLogits) that nothing here needs."""
-    if weights == "imagenet":
-        try:
-            state = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(
-                progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"--inception imagenet: the download failed ({error}); give a file "
-                            "(--inception PATH) or use --inception random") from None
-    else:
-        state = load_tensors(weights, "--inception")
-    if not isinstance(state, dict):
-        return {}
-    return {k: v for k, v in state.items() if not str(k).startswith(("fc.", "AuxLogits."))}
+    """The state dict of an ImageNet Inception V3, from torchvision ("imagenet") or a file."""
+    if weights != "imagenet":
+        return load_tensors(weights, "--inception")
+    try:
+        return torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(
+            progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--inception imagenet: the download failed ({error}); give a file "
+                        "(--inception PATH) or use --inception random") from None
 
 
 def load_weights(net, state, flag, name):
-    """Load `state` into `net`; UserError saying how much of torchvision's `name` is not in it."""
+    """Load into `net` what it needs of `state`, which may hold more (classifiers, here).
+
+    Raises UserError that says how much of torchvision's `name` is missing.
+    """
     wanted = {k: v for k, v in net.state_dict().items() if "num_batches_tracked" not in k}
     found = state if isinstance(state, dict) else {}
     missing = [k for k, v in wanted.items() if getattr(found.get(k), "shape", None) != v.shape]
@@ -219,7 +217,7 @@ def load_weights(net, state, flag, name):
         raise UserError(f"{flag}: not the state dict of a torchvision {name}: {len(missing)} of "
                         f"{len(wanted)} entries are missing or have another shape, the first is "
                         f"{missing[0]}")
-    net.load_state_dict(found, strict=False)
+    net.load_state_dict({k: found[k] for k in wanted}, strict=False)
 
 
 def load_inception(weights="imagenet", layer="pool3", images=None, seed=0):

@@ -10,7 +10,7 @@ from conftest import call_all
 from PIL import Image
 
 import evaluate
-from evaluate import by_size, cell, difference, score, tables, weights_of, with_error
+from evaluate import by_size, cell, choose, difference, score, tables, weights_of, with_error
 from models import fid, kid, ssim
 from prepare import UserError
 
@@ -114,6 +114,19 @@ def test_by_size_shows_the_bias_of_fid_and_not_of_kid():
     assert sizes[20]["fid"] > 1.1 * sizes[40]["fid"] > 1.2 * sizes[80]["fid"] > 10
     assert all(abs(s["kid"]) < 0.5 for s in sizes.values())
     assert list(by_size(a[:3], b[:3])) == [3]                     # a part needs two images
+
+
+def test_every_row_has_the_same_scenes_and_partners():
+    """n of each folder, by chance and without repetition; the seed decides; domains together."""
+    a, real, floor = torch.arange(20), torch.arange(30) + 100, torch.arange(25) + 200
+    images, partners = choose({"synthetic": a, "ours": a + 50}, real, floor, 8, 0)
+    assert torch.equal(images["ours"], images["synthetic"] + 50)
+    for chosen, low in ((images["synthetic"], 0), (partners, 100), (images[evaluate.FLOOR], 200)):
+        assert len(set(chosen.tolist())) == 8 and chosen.min() >= low and chosen.max() < low + 30
+        assert chosen.max() > low + 8                                   # not the first eight
+    again, same = choose({"synthetic": a, "ours": a + 50}, real, floor, 8, 0)
+    assert torch.equal(partners, same) and torch.equal(images["ours"], again["ours"])
+    assert not torch.equal(partners, choose({"synthetic": a}, real, floor, 8, 1)[1])
 
 
 # ------------------------------------------------------------------ the command and its files
