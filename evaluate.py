@@ -134,9 +134,9 @@ def tables(record):
         markdown(["difference", "FID", "KID x 1000", "SSIM (L = 255)", "SSIM (L = 1)"],
                  differences), "",
         "Paired: the same real images and, where both have them, the same scenes. In brackets: "
-        "0 is in the 95 % interval.", "",
+        "0 is in the 95 % interval (which one in 20 misses by chance).", "",
         markdown(["the same images, in parts of N =", "", *map(str, count)], sizes), "",
-        "FID falls as N grows, although the images are the same; KID (x 1000) does not.", ""])
+        "The images are the same: FID's bias shrinks with N, KID (here x 1000) has none.", ""])
 
 
 def report(record, out):

@@ -1,5 +1,6 @@
 """What users type: every command of the README parses, every mistake gets its one line."""
 import importlib
+import json
 import os
 import re
 import shlex
@@ -37,6 +38,21 @@ def test_the_readmes_files_exist():
     links = [link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
     assert len(links) > 10 and not [link for link in links if not (ROOT / link).exists()]
     assert not re.findall(r"@[A-Z]+", text)                # no unfilled place
+
+
+@pytest.mark.parametrize("table", ["first/table2", "demo/table2", "first/segment_unet",
+                                   "first/segment_deeplabv3plus", "demo/segment_unet"])
+def test_the_readmes_tables_are_the_results(table):
+    """Every number of the tables comes from a file that a command wrote (and of Table 2 the
+    text comes from the record)."""
+    text = (ROOT / f"results/{table}.md").read_text(encoding="utf-8")
+    if "table2" in table:
+        record = json.loads((ROOT / f"results/{table}.json").read_text(encoding="utf-8"))
+        assert importlib.import_module("evaluate").tables(record) == text
+    shown = text.split("IoU per class")[0]                    # that one is in results/ only
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) > 10 and not [row for row in rows if row not in readme]
 
 
 @pytest.mark.parametrize("command", sorted({
