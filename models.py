@@ -11,7 +11,6 @@ Reads and writes nothing but checkpoints. Images enter a network as float32 in [
 [N, 3, H, W]; they are kept everywhere else as uint8 (see `to_float` and `to_uint8`).
 Only `prepare.py` (the data format and the error class) is imported.
 """
-import os
 import platform
 import shlex
 import signal
@@ -26,7 +25,7 @@ import torchvision
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
-from prepare import CLASSES, UserError
+from prepare import CLASSES, UserError, whole
 
 # ----------------------------------------------------------------------------- small tools
 
@@ -506,9 +505,12 @@ def load_tensors(path, flag):
 
 def save_checkpoint(path, stage, **state):
     """Write `state` (tensors and plain values) and its stage to `path`, whole or not at all."""
-    temporary = f"{path}.tmp"
-    torch.save({"stage": stage, **state}, temporary)
-    os.replace(temporary, path)
+    try:
+        with whole(path) as temporary:
+            torch.save({"stage": stage, **state}, temporary)
+    except RuntimeError as error:              # PyTorch's own writer, on a full disk for example
+        raise UserError(f"{path}: cannot be written, is the disk full? What was there before is "
+                        f"as it was ({str(error).splitlines()[0][:80]})") from None
 
 
 def resume_or_start(path, stage, settings, resume, overwrite):

@@ -20,6 +20,8 @@ import os
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +29,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:                                  # Windows: no locks there
+    fcntl = None
 
 # The 19 classes that GTA-V and Cityscapes share (section 4.1). Row i is trainId i:
 # name, Cityscapes labelId, colour (cityscapesScripts labels.py).
@@ -61,11 +68,23 @@ class UserError(Exception):
     to do; `start` prints it as one line."""
 
 
+BARS = []                                            # closed before an error is printed
+
+
 def start(main):
-    """Call a script's main(); turn a UserError or a failing file into one line and status 2."""
+    """Call a script's main(); turn what a user can mend into one line and status 2: a UserError,
+    a file that cannot be read or written, memory that does not suffice."""
     try:
         main()
-    except (UserError, OSError) as error:
+    except Exception as error:
+        if "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error) or isinstance(
+                error, MemoryError):                     # CUDA's, PyTorch's on a CPU, Python's
+            error = UserError("out of memory; try a smaller --batch-size or, in prepare.py, a "
+                              "smaller --size or fewer --workers")
+        if not isinstance(error, (UserError, OSError)):
+            raise                                        # a mistake of ours: the traceback
+        for bar in BARS:
+            bar.close()
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -105,22 +124,53 @@ def positive(kind):
 def progress(iterable=None, **options):
     """tqdm with a rate and the time left; in a log file, a line every 20 seconds at most."""
     slow = {} if sys.stderr.isatty() else {"mininterval": 20}
-    return tqdm(iterable, dynamic_ncols=True, **slow, **options)
+    BARS.append(tqdm(iterable, dynamic_ncols=True, **slow, **options))
+    return BARS[-1]
+
+
+LOCKS = []                                           # open files: closing one frees its lock
+
+
+def lock(folder, make=True):
+    """UserError if another process writes into `folder`; else keep others out until this one ends.
+
+    The system frees the lock however the process ends, so a kill leaves none stuck; the empty
+    file .lock stays. `make`: create the folder; False: do nothing where there is none yet.
+    """
+    if fcntl is None or not (make or Path(folder).is_dir()):
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    LOCKS.append(open(Path(folder) / ".lock", "w"))
+    try:
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)     # not inherited by workers
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{folder}: another process is writing there; wait for its end or choose "
+                        "another folder") from None
+
+
+@contextmanager
+def whole(path):
+    """A temporary name to write to: renamed to `path` at the end, removed if writing failed."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path, text):
     """Write a text file whole or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_png(path, image):
     """Write a PIL image as PNG, whole or not at all."""
-    temporary = Path(f"{path}.tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def save_grid(path, rows, columns=()):
@@ -152,12 +202,23 @@ def names(folder):
     Raises UserError if there is none, or if the run that makes them has not finished."""
     images = Path(folder) / "images"
     for record in (images.parents[1] / "refine.json", images.parents[2] / "prepare.json"):
-        if record.is_file() and not json.loads(record.read_text(encoding="utf-8"))["finished"]:
+        if record.is_file() and not read_record(record).get("finished"):
             raise UserError(f"{record}: that run has not finished; run it again")
     found = sorted(p.stem for p in images.glob("*.png"))
     if not found:
         raise UserError(f"{images}: no *.png there; run prepare.py (or refine.py) first")
     return found
+
+
+def read_record(path):
+    """The dict in a prepare.json or refine.json; UserError if there is none in it."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: damaged; delete its folder {path.parent} and make it again")
+    return record
 
 
 def read_stack(folder, kind, mode):
@@ -168,7 +229,7 @@ def read_stack(folder, kind, mode):
         try:
             with Image.open(path) as image:
                 array = np.array(image) if image.mode == mode else None
-        except (OSError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{path}: cannot be read ({error}); prepare the data again") from None
         if array is None or (arrays and array.shape != arrays[0].shape):
             raise UserError(f"{path}: not a {mode} image of its folder's size; "
@@ -453,18 +514,22 @@ def run_jobs(make, jobs, args, skipped):
     for every (domain, split), and the set of ((domain, split), name) that were made."""
     totals = {key: np.zeros(20, np.int64) for key, _, _ in jobs}
     made = set()
-    with ProcessPoolExecutor(args.workers) as pool:
-        results = pool.map(make, jobs, chunksize=8)
-        for (key, frame, _), (pixels, why) in progress(zip(jobs, results), total=len(jobs),
-                                                       unit="image"):
-            if why and args.strict:
-                pool.shutdown(cancel_futures=True)
-                raise UserError(f"{frame.image}: {why} (--strict)")
-            if why:
-                skipped.append((frame.image, why))
-            else:
-                totals[key] += pixels
-                made.add((key, frame.name))
+    try:
+        with ProcessPoolExecutor(args.workers) as pool:
+            results = pool.map(make, jobs, chunksize=8)
+            for (key, frame, _), (pixels, why) in progress(zip(jobs, results), total=len(jobs),
+                                                           unit="image"):
+                if why and args.strict:
+                    pool.shutdown(cancel_futures=True)
+                    raise UserError(f"{frame.image}: {why} (--strict)")
+                if why:
+                    skipped.append((frame.image, why))
+                else:
+                    totals[key] += pixels
+                    made.add((key, frame.name))
+    except BrokenProcessPool:
+        raise UserError(f"--workers {args.workers}: one of them was killed, most likely for want "
+                        "of memory; use fewer, or a smaller --size") from None
     return totals, made
 
 
@@ -484,6 +549,7 @@ def main():
           f"{args.workers} processes")
 
     settings = {k: str(v) for k, v in vars(args).items() if k not in ("workers", "strict", "out")}
+    lock(args.out)
     check_settings(args.out / "prepare.json", settings)
     record = {"settings": settings, "finished": False}
     write_text(args.out / "prepare.json", json.dumps(record, indent=1))

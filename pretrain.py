@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from models import (Discriminator, Refiner, announce, load_inception, make_optimizer,
                     patch_loss, pick_device, resume_or_start, save_checkpoint, speed_up,
                     stop_requests, to_float, to_uint8)
-from prepare import (UserError, load_images, parser, positive, progress, save_grid, start,
+from prepare import (UserError, load_images, lock, parser, positive, progress, save_grid, start,
                      write_text)
 
 
@@ -149,6 +149,7 @@ def summarise(run, x):
 
 def main():
     args = arguments()
+    lock(args.run, make=False)
     device = pick_device(args.device)
     settings = {k: str(v) for k, v in vars(args).items()
                 if k not in ("run", "resume", "overwrite", "device", "save_every")}
@@ -163,6 +164,7 @@ def main():
     psi = None
     if args.method == "ours":
         psi = load_inception(args.inception, args.layer, real, args.seed).to(device)
+    lock(args.run)
     run = Run(args, device, state)
 
     stop, total = stop_requests(), args.steps + args.d_steps

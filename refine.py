@@ -21,8 +21,8 @@ from PIL import Image
 
 from models import (Refiner, announce, load_checkpoint, pick_device, speed_up, to_float,
                     to_uint8)
-from prepare import (UserError, load_images, names, parser, positive, progress, start, write_png,
-                     write_text)
+from prepare import (UserError, load_images, lock, names, parser, positive, progress, start,
+                     write_png, write_text)
 
 
 def arguments():
@@ -64,7 +64,8 @@ def main():
     device = pick_device(args.device)
     state = load_checkpoint(args.checkpoint, ["pretrain", "gan", "best"],
                             f"run train_gan.py --method {args.method} first")
-    if args.out.exists() and not (args.out / "refine.json").is_file():
+    if args.out.exists() and not (args.out / "refine.json").is_file() and any(
+            p.name != ".lock" for p in args.out.iterdir()):
         raise UserError(f"{args.out}: is there already and was not made by refine.py; choose "
                         "another --out")
     splits = [s for s in ("train", "test") if (args.data / s).is_dir()]
@@ -77,6 +78,7 @@ def main():
     R.load_state_dict(state["refiner"])
     R = speed_up(R, device)
 
+    lock(args.out)
     digest = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:16]
     record = {"checkpoint": str(args.checkpoint), "step": state["step"], "sha256": digest,
               "source": str(args.data), "finished": False}

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from models import (Discriminator, Refiner, announce, load_checkpoint, make_optimizer,
                     patch_loss, pick_device, resume_or_start, save_checkpoint, speed_up, ssim,
                     stop_requests, to_float, to_uint8)
-from prepare import (UserError, load_images, parser, positive, progress, save_grid, start,
-                     write_text)
+from prepare import (UserError, load_images, lock, parser, positive, progress, save_grid, start,
+                     whole, write_text)
 
 REAL, REFINED = 0, 1                                   # D's two classes
 VALUES = 3 * 80 * 160                                  # of one image in the paper
@@ -179,9 +179,9 @@ def draw_curves(path, log, sample_every, best):
             axis.legend()
         axis.set(title=title, xlabel="step")
     figure.tight_layout()
-    figure.savefig(f"{path}.tmp", format="png", dpi=90)
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
     plt.close(figure)
-    Path(f"{path}.tmp").replace(path)
 
 
 # ----------------------------------------------------------------- what a run is made of
@@ -287,6 +287,7 @@ def load_data(folder):
 
 def main():
     args = arguments()
+    lock(args.run, make=False)
     device = pick_device(args.device)
     settings = {k: str(v) for k, v in vars(args).items()
                 if k not in ("run", "resume", "overwrite", "device", "save_every", "compile")}

@@ -1,0 +1,160 @@
+"""What a machine or a second process can do to a run: full disk, lock, memory, damaged files."""
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, call, start
+from PIL import Image
+
+import prepare
+from models import load_checkpoint
+from prepare import UserError, load_images, lock, read_record, whole
+
+GAN = ["--batch-size", 4, "--sample-every", 2, "--save-every", 2]
+
+
+@pytest.fixture
+def fresh(project, tmp_path):
+    """A copy of the prepared and pre-trained project, for a test to spoil."""
+    return shutil.copytree(project, tmp_path / "project")
+
+
+def one_line(err, *words):
+    """The error is the last line, has the words, and no traceback is above it."""
+    last = err.strip().splitlines()[-1]
+    assert ": error: " in last and "Traceback" not in err, err
+    assert all(word in last for word in words), last
+
+
+# ------------------------------------------------------------------------------ a full disk
+
+
+def limited(*command, cwd, megabytes):
+    """Run a script that may not write a file above a size: what a full disk does to a write."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 1e6),) * 2)
+    return subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])],
+                          cwd=cwd, capture_output=True, text=True, preexec_fn=limit)
+
+
+def test_a_full_disk_keeps_what_was_saved(fresh):
+    """The save of a run fails: one line, status 2, the old files whole, no rest of a broken one."""
+    call("train_gan.py", "--steps", 4, *GAN, cwd=fresh)
+    run = fresh / "runs/ours"
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.suffix == ".pt"}
+    done = limited("train_gan.py", "--steps", 4, *GAN, "--overwrite", cwd=fresh, megabytes=0.5)
+    assert done.returncode == 2
+    one_line(done.stderr, "last.pt: cannot be written, is the disk full?")
+    assert not list(run.glob("*.tmp")) and set(before) == {"pretrain.pt", "gan.pt", "last.pt"}
+    for name, content in before.items():
+        assert (run / name).read_bytes() == content
+    assert load_checkpoint(run / "last.pt", ["gan"], "")["step"] == 4
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path):
+    """Neither a temporary file nor a changed old one, whatever the error."""
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(OSError), whole(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(fresh):
+    """--out below a file, as a read-only disk would be: the file is named."""
+    (fresh / "file").write_text("")
+    _, err = call("refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "file/x",
+                  cwd=fresh, status=2)
+    one_line(err, "file/x")
+
+
+# ------------------------------------------------------------------------- a second process
+
+HOLD = "import sys, time; sys.path.insert(0, {!r}); from prepare import lock; " \
+       "lock(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    """A second process is refused; after SIGKILL of the first the folder is free at once."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLD.format(str(ROOT)), tmp_path],
+                              stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another process is writing"):
+        lock(tmp_path)
+    lock(tmp_path / "other")                                # another folder is no matter
+    holder.kill()
+    holder.wait()
+    lock(tmp_path)
+    lock(tmp_path / "nothing", make=False)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_two_trainings_in_one_run_folder(fresh):
+    """The second is refused and harms nothing; the other method runs beside the first."""
+    first = start("train_gan.py", "--steps", 400, *GAN, cwd=fresh)
+    while not (fresh / "runs/ours/last.pt").exists() and first.poll() is None:
+        time.sleep(0.05)
+    _, err = call("train_gan.py", "--steps", 400, *GAN, "--resume", cwd=fresh, status=2)
+    one_line(err, "runs/ours", "another process")
+    call("train_gan.py", "--method", "simgan", "--steps", 2, *GAN, cwd=fresh)
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+
+
+# ------------------------------------------------------------------------ memory and damage
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_want_of_memory_names_the_flags(error, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        prepare.start(main)
+    assert stop.value.code == 2
+    one_line(capsys.readouterr().err, "--batch-size", "--size")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    """`start` hides no bug."""
+    def main():
+        return 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        prepare.start(main)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\xff"])
+def test_a_damaged_record_is_named(tmp_path, content):
+    (tmp_path / "refine.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match="refine.json: damaged"):
+        read_record(tmp_path / "refine.json")
+
+
+def test_a_decompression_bomb_in_a_data_folder(tmp_path, monkeypatch):
+    """Pillow refuses pictures of absurd size; the reader names the file."""
+    (tmp_path / "train/images").mkdir(parents=True)
+    Image.new("RGB", (64, 32)).save(tmp_path / "train/images/a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match="a.png: cannot be read"):
+        load_images(tmp_path / "train")
+
+
+def test_a_worker_that_is_killed(raw, tmp_path, monkeypatch):
+    """As the kernel does when memory runs out: one line that names --workers."""
+    def broken(*_, **__):
+        raise prepare.BrokenProcessPool("abruptly")
+    monkeypatch.setattr(prepare.ProcessPoolExecutor, "map", broken)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--gta5", str(raw / "gtav"), "--cityscapes",
+                                      str(raw / "cityscapes"), "--crop", "none", "--size", "24",
+                                      "48", "--test", "3", "--out", str(tmp_path / "d")])
+    with pytest.raises(UserError, match="--workers"):
+        prepare.main()
+    assert not json.loads((tmp_path / "d/prepare.json").read_text())["finished"]
