@@ -499,6 +499,8 @@ def arguments():
         p.error("--crop wants four numbers (TOP LEFT HEIGHT WIDTH) or none")
     if min(args.size) < 24:
         p.error(f"--size {args.size[0]} {args.size[1]}: 24 x 24 is the least the networks take")
+    if max(args.size) > 4096:
+        p.error(f"--size {args.size[0]} {args.size[1]}: 4096 is the most, twice a full frame")
     if args.demo and (args.gta5 or args.cityscapes or args.synthetic or args.real):
         p.error("--demo draws its own data: leave the folders away")
     if args.gta5 and args.synthetic or args.cityscapes and args.real:

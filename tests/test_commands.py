@@ -97,6 +97,8 @@ def test_the_papers_values_are_the_defaults(monkeypatch):
 # script and arguments -> words of the last line on stderr.
 MISTAKES = [
     ("pretrain.py --data nowhere", "nowhere/synthetic/train/images prepare.py"),
+    ("prepare.py --demo --size 99999 99999", "--size 4096"),
+    ("prepare.py --demo --size 8 16", "--size 24"),
     ("pretrain.py --method other", "--method"),
     ("pretrain.py --steps 0", "--steps above 0"),
     ("pretrain.py --lr -1", "--lr above 0"),
@@ -112,6 +114,14 @@ MISTAKES = [
     ("segment.py", "data real prepare.py"),
     ("segment.py --network resnet", "--network unet"),
     ("segment.py --batch-size 1", "--batch-size two"),
+    ("evaluate.py --n 0", "--n above 0"),
+    ("evaluate.py --pair-seed -1", "--pair-seed"),
+    ("train_gan.py --steps -5", "--steps above 0"),
+    ("train_gan.py --beta -1", "--beta negative"),
+    ("train_gan.py --history -1", "--history"),
+    ("train_gan.py --lr 0", "--lr above 0"),
+    ("pretrain.py --device cuda:x", "--device"),
+    ("refine.py --data broken.pt --checkpoint none.pt", "none.pt train_gan.py"),
 ]
 
 

@@ -204,8 +204,7 @@ def test_without_history(fresh):
 def test_killed_runs_that_resume_equal_one_that_was_not_stopped(fresh):
     """SIGKILL, twice, then --resume: every tensor, the log and the best step are the same."""
     steps = ["--steps", 24, *GAN]
-    call("train_gan.py", *steps, cwd=fresh)
-    whole = load_checkpoint(fresh / "runs/ours/last.pt", ["gan"], "")
+    undisturbed = start("train_gan.py", *steps, cwd=fresh)             # at the same time
     (fresh / "runs/again").mkdir()
     shutil.copy(fresh / "runs/ours/pretrain.pt", fresh / "runs/again/pretrain.pt")
     last, killed = fresh / "runs/again/last.pt", 0
@@ -218,7 +217,9 @@ def test_killed_runs_that_resume_equal_one_that_was_not_stopped(fresh):
         killed += process.wait() == -signal.SIGKILL
     assert killed == 2
     call("train_gan.py", *steps, "--run", "runs/again", "--resume", cwd=fresh)
-    resumed = load_checkpoint(last, ["gan"], "")
+    undisturbed.communicate(timeout=300)
+    whole, resumed = (load_checkpoint(path, ["gan"], "") for path in (
+        fresh / "runs/ours/last.pt", last))
     assert equal(without_clock(whole), without_clock(resumed))
     log = [[v for k, v in r.items() if k != "images_per_s"] for r in read_log(fresh)]
     assert log == [[v for k, v in r.items() if k != "images_per_s"]
@@ -228,7 +229,7 @@ def test_killed_runs_that_resume_equal_one_that_was_not_stopped(fresh):
 def test_sigterm_saves_and_pretraining_resumes(fresh):
     flags = ["--method", "simgan", "--steps", 40, "--d-steps", 10, "--batch-size", 4,
              "--save-every", 1000]
-    call("pretrain.py", *flags, "--run", "runs/whole", cwd=fresh)
+    undisturbed = start("pretrain.py", *flags, "--run", "runs/whole", cwd=fresh)
     process = start("pretrain.py", *flags, "--run", "runs/parts", cwd=fresh)
     process.stdout.readline()                               # the first line: it has begun
     time.sleep(0.4)
@@ -238,6 +239,7 @@ def test_sigterm_saves_and_pretraining_resumes(fresh):
     assert part["step"] < 50 and not part["finished"]
     call("train_gan.py", "--run", "runs/parts", cwd=fresh, status=2)     # not finished
     call("pretrain.py", *flags, "--run", "runs/parts", "--resume", cwd=fresh)
+    undisturbed.communicate(timeout=300)
     whole, parts = (load_checkpoint(fresh / f"runs/{r}/pretrain.pt", ["pretrain"], "")
                     for r in ("whole", "parts"))
     assert equal(whole, parts)
