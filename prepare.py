@@ -217,7 +217,8 @@ def read_record(path):
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        raise UserError(f"{path}: damaged; delete its folder {path.parent} and make it again")
+        raise UserError(f"{path}: damaged; run prepare.py (or refine.py) again, prepare.py "
+                        "into another --out")
     return record
 
 
