@@ -9,7 +9,7 @@
 
 Reads and writes nothing but checkpoints. Images enter a network as float32 in [-1, 1],
 [N, 3, H, W]; they are kept everywhere else as uint8 (see `to_float` and `to_uint8`).
-Only `prepare.py` (the data format and the error class) is imported.
+Only `prepare.py` (the data format, the error class, whole-or-nothing writes) is imported.
 """
 import platform
 import shlex
