@@ -1,7 +1,11 @@
 """Shared by the tests: run a script as a user does, and draw tiny raw data sets."""
+import multiprocessing
 import os
-import subprocess
+import runpy
+import shutil
 import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,19 +16,65 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# `import torch, torchvision` takes 4 s, more than most of the commands under test. So one server
+# process imports them once, and every command is a fork of it: a process of its own, with its own
+# arguments, folder, output and exit status, which signals can kill, but ready in 0.1 s.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest", "torch", "torchvision", "matplotlib.pyplot", "models"])
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+
+
+def as_main(script, args, cwd, out):
+    """In the new process: what `python script args` does."""
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{out}/{name}", os.O_WRONLY | os.O_CREAT), stream)
+    multiprocessing.set_start_method("fork", force=True)       # of its own workers, as usual
+    os.chdir(cwd)
+    sys.argv = [script, *args]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+class Command:
+    """A script that runs, on one thread; like subprocess.Popen."""
+
+    def __init__(self, script, *args, cwd):
+        self.folder = tempfile.TemporaryDirectory()
+        self.process = FORKS.Process(target=as_main, args=(
+            script, [str(a) for a in args], str(cwd), self.folder.name))
+        self.process.start()
+        self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, \
+            self.process.terminate
+
+    def read(self, name):
+        """What it has written to its stdout or stderr until now."""
+        file = Path(self.folder.name) / name
+        return file.read_text(encoding="utf-8") if file.exists() else ""
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self, timeout=300):
+        """Its exit status: that of the script, or minus the signal that killed it."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "still running"
+        return self.process.exitcode
+
+    def wait_for(self, condition):
+        """Wait until condition() or its end."""
+        while self.poll() is None and not condition():
+            time.sleep(0.002)
+
 
 def start(script, *args, cwd):
-    """Start `python script args` in `cwd`, on one thread; returns the Popen object."""
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """Start `python script args` in `cwd`; returns a Command."""
+    return Command(script, *args, cwd=cwd)
 
 
 def call(script, *args, cwd, status=0):
     """Run a script to its end, check its exit status; returns (stdout, stderr)."""
     process = start(script, *args, cwd=cwd)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, f"{script} {args}: {process.returncode}\n{out}\n{err}"
+    found, out, err = process.wait(), process.read("stdout"), process.read("stderr")
+    assert found == status, f"{script} {args}: {found}\n{out}\n{err}"
     return out, err
 
 
@@ -90,3 +140,9 @@ def project(raw, tmp_path_factory):
     call_all(*[["pretrain.py", "--method", method, "--steps", 4, "--d-steps", 4, "--batch-size",
                 4, "--inception", "random"] for method in ("ours", "simgan")], cwd=cwd)
     return cwd
+
+
+@pytest.fixture
+def fresh(project, tmp_path):
+    """A copy of the prepared and pre-trained project, for a test to train in and to spoil."""
+    return shutil.copytree(project, tmp_path / "project")

@@ -1,13 +1,11 @@
-"""The adversarial training against its definition (section 3.3) and against interruptions."""
+"""The adversarial training against its definition (section 3.3)."""
 import csv
 import math
 import shutil
-import signal
-import time
 
 import pytest
 import torch
-from conftest import call, start
+from conftest import call
 
 import train_gan
 from models import Discriminator, Refiner, load_checkpoint, patch_loss, to_float, to_uint8
@@ -15,33 +13,9 @@ from models import Discriminator, Refiner, load_checkpoint, patch_loss, to_float
 GAN = ["--batch-size", 4, "--sample-every", 3, "--save-every", 3]
 
 
-@pytest.fixture
-def fresh(project, tmp_path):
-    """A copy of the prepared and pre-trained project, for a test to train in."""
-    return shutil.copytree(project, tmp_path / "project")
-
-
 def read_log(cwd, run="runs/ours"):
     with open(cwd / run / "log.csv") as file:
         return list(csv.DictReader(file))
-
-
-def equal(a, b, but=()):
-    """Whether two checkpoints (nested dicts and lists of tensors and values) are the same."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k], but) for k in a if k not in but)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(equal(x, y, but) for x, y in zip(a, b))
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    return a == b or (a != a and b != b)                                  # nan equals nan
-
-
-def without_clock(state):
-    """A last.pt whose log lacks the images per second, the one thing that may differ."""
-    column = train_gan.COLUMNS.index("images_per_s")
-    state["log"] = [row[:column] + row[column + 1:] for row in state["log"]]
-    return state
 
 
 # ------------------------------------------------------------------------------- the history
@@ -196,53 +170,6 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(trained):
 def test_without_history(fresh):
     call("train_gan.py", "--steps", 2, *GAN, "--history", 0, cwd=fresh)
     assert [r["history"] for r in read_log(fresh)] == ["0", "0"]
-
-
-# ------------------------------------------------------------------- interruptions and resume
-
-
-def test_killed_runs_that_resume_equal_one_that_was_not_stopped(fresh):
-    """SIGKILL, twice, then --resume: every tensor, the log and the best step are the same."""
-    steps = ["--steps", 24, *GAN]
-    undisturbed = start("train_gan.py", *steps, cwd=fresh)             # at the same time
-    (fresh / "runs/again").mkdir()
-    shutil.copy(fresh / "runs/ours/pretrain.pt", fresh / "runs/again/pretrain.pt")
-    last, killed = fresh / "runs/again/last.pt", 0
-    for go_on in ([], ["--resume"]):
-        process = start("train_gan.py", *steps, "--run", "runs/again", *go_on, cwd=fresh)
-        seen = last.stat().st_mtime_ns if last.exists() else 0
-        while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == seen):
-            time.sleep(0.005)
-        process.kill()
-        killed += process.wait() == -signal.SIGKILL
-    assert killed == 2
-    call("train_gan.py", *steps, "--run", "runs/again", "--resume", cwd=fresh)
-    undisturbed.communicate(timeout=300)
-    whole, resumed = (load_checkpoint(path, ["gan"], "") for path in (
-        fresh / "runs/ours/last.pt", last))
-    assert equal(without_clock(whole), without_clock(resumed))
-    log = [[v for k, v in r.items() if k != "images_per_s"] for r in read_log(fresh)]
-    assert log == [[v for k, v in r.items() if k != "images_per_s"]
-                   for r in read_log(fresh, "runs/again")]
-
-
-def test_sigterm_saves_and_pretraining_resumes(fresh):
-    flags = ["--method", "simgan", "--steps", 40, "--d-steps", 10, "--batch-size", 4,
-             "--save-every", 1000]
-    undisturbed = start("pretrain.py", *flags, "--run", "runs/whole", cwd=fresh)
-    process = start("pretrain.py", *flags, "--run", "runs/parts", cwd=fresh)
-    process.stdout.readline()                               # the first line: it has begun
-    time.sleep(0.4)
-    process.terminate()
-    assert process.wait() == 130
-    part = load_checkpoint(fresh / "runs/parts/pretrain.pt", ["pretrain"], "")
-    assert part["step"] < 50 and not part["finished"]
-    call("train_gan.py", "--run", "runs/parts", cwd=fresh, status=2)     # not finished
-    call("pretrain.py", *flags, "--run", "runs/parts", "--resume", cwd=fresh)
-    undisturbed.communicate(timeout=300)
-    whole, parts = (load_checkpoint(fresh / f"runs/{r}/pretrain.pt", ["pretrain"], "")
-                    for r in ("whole", "parts"))
-    assert equal(whole, parts)
 
 
 # ---------------------------------------------------------------------------- what it says

@@ -1,0 +1,237 @@
+"""Kills at random moments, Ctrl-C and changed inputs: what resumes must equal what never stopped."""
+import csv
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import call, start
+
+import models
+import prepare
+import train_gan
+from models import load_checkpoint, stop_requests
+from prepare import UserError
+
+# A save after every step, so that a random moment often lies in one.
+GAN = ["--steps", 10, "--batch-size", 2, "--sample-every", 2, "--save-every", 1]
+PRETRAIN = ["--method", "simgan", "--steps", 10, "--d-steps", 6, "--batch-size", 2,
+            "--save-every", 1, "--inception", "random"]
+
+
+def equal(a, b):
+    """Whether two checkpoints (nested dicts and lists of tensors and values) are the same."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b))
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    return a == b or (a != a and b != b)                                  # nan equals nan
+
+
+def without_clock(state):
+    """A last.pt whose log lacks the images per second, the one thing that may differ."""
+    column = train_gan.COLUMNS.index("images_per_s")
+    state["log"] = [row[:column] + row[column + 1:] for row in state["log"]]
+    return state
+
+
+def rows_of(path):
+    with open(path) as file:
+        return [{k: v for k, v in r.items() if k != "images_per_s"} for r in csv.DictReader(file)]
+
+
+def kill_and_resume(command, checkpoint, moments, cwd):
+    """SIGKILL a training once per moment (seconds after its first line; None: while a checkpoint
+    is half-written), each time going on with --resume if there is anything to resume; then let
+    it end. Returns how many kills met a running process, and how many of those left a half-
+    written file behind."""
+    met = halves = 0
+    half = checkpoint.with_name(checkpoint.name + ".tmp")
+    for moment in moments:
+        process = start(*command, *["--resume"] * checkpoint.exists(), cwd=cwd)
+        process.wait_for(lambda: process.read("stderr"))
+        if moment is None:
+            process.wait_for(half.exists)
+        else:
+            time.sleep(moment)
+        process.kill()
+        met += process.wait() == -signal.SIGKILL
+        halves += half.exists()
+        if checkpoint.exists():                           # what lies there is whole, always
+            torch.load(checkpoint, weights_only=True)
+    call(*command, *["--resume"] * checkpoint.exists(), cwd=cwd)
+    return met, halves
+
+
+def test_a_gan_killed_at_random_moments_equals_one_that_was_not(fresh):
+    """SIGKILL, seven times, twice of them during a save: weights, optimisers, history, random
+    state, log, samples and the best step are the same."""
+    undisturbed = start("train_gan.py", *GAN, cwd=fresh)               # at the same time
+    shutil.copytree(fresh / "runs/ours", fresh / "runs/again",
+                    ignore=lambda *_: {"last.pt", "gan.pt", "samples", "log.csv", ".lock"})
+    moments = [random.Random(3).uniform(0, 1.5) for _ in range(5)]
+    met, halves = kill_and_resume(
+        ["train_gan.py", *GAN, "--run", "runs/again"], fresh / "runs/again/last.pt",
+        [None, *moments, None], fresh)
+    assert met >= 5 and halves >= 1
+    assert undisturbed.wait() == 0
+    a, b = fresh / "runs/ours", fresh / "runs/again"
+    assert equal(*(without_clock(load_checkpoint(r / "last.pt", ["gan"], "")) for r in (a, b)))
+    assert equal(*(load_checkpoint(r / "gan.pt", ["best"], "") for r in (a, b)))
+    assert rows_of(a / "log.csv") == rows_of(b / "log.csv")
+    samples = {p.name: p.read_bytes() for p in (a / "samples").iterdir()}
+    assert samples == {p.name: p.read_bytes() for p in (b / "samples").iterdir()}
+    assert len(samples) == 5 and {p.name for p in a.iterdir()} == {p.name for p in b.iterdir()}
+    assert (a / "curves.png").read_bytes() == (b / "curves.png").read_bytes()
+
+
+def test_a_pre_training_killed_at_random_moments_equals_one_that_was_not(fresh):
+    undisturbed = start("pretrain.py", *PRETRAIN, "--run", "runs/whole", cwd=fresh)
+    moments = [random.Random(4).uniform(0, 0.8) for _ in range(4)]
+    met, _ = kill_and_resume(["pretrain.py", *PRETRAIN, "--run", "runs/parts"],
+                             fresh / "runs/parts/pretrain.pt", [*moments, None], fresh)
+    assert met >= 3 and undisturbed.wait() == 0
+    a, b = fresh / "runs/whole", fresh / "runs/parts"
+    assert equal(*(load_checkpoint(r / "pretrain.pt", ["pretrain"], "") for r in (a, b)))
+    for name in ("pretrain.csv", "pretrain.png"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+def content(folder):
+    """{relative path: bytes} of everything below a folder, the lock aside."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
+            if p.is_file() and p.name != ".lock"}
+
+
+@pytest.mark.parametrize("command, out", [
+    (["prepare.py", "--demo", "--limit", 16, "--test", 4, "--size", 24, 48, "--workers", 2,
+      "--out"], "toy"),
+    (["refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--batch-size", 1, "--out"],
+     "new")])
+def test_data_stages_killed_and_run_again(fresh, command, out):
+    """No command but the same one again: the same bytes, and nothing half-made in between is
+    taken for a data set."""
+    call(*command, "whole", cwd=fresh)
+    chance, met = random.Random(5), 0
+    for longest in (0, 0.1, 0.3):
+        process = start(*command, out, cwd=fresh)
+        process.wait_for((fresh / out).exists)
+        time.sleep(chance.uniform(0, longest))
+        process.kill()
+        if process.wait() == -signal.SIGKILL:
+            met += 1
+            for split in (fresh / out).glob("**/t[er]*"):              # train and test
+                with pytest.raises(UserError):
+                    prepare.names(split)
+        time.sleep(0.3)                     # what Python needs to start: the workers end in less
+    assert met
+    call(*command, out, cwd=fresh)
+    whole, again = content(fresh / "whole"), content(fresh / out)
+    assert whole.keys() == again.keys() and len(whole) > 20
+    assert not [k for k in whole if whole[k] != again[k]]
+
+
+def test_segment_killed_between_two_networks_goes_on(fresh):
+    flags = ["segment.py", "--network", "unet", "--epochs", 2, "--batch-size", 4, "--out"]
+    undisturbed = start(*flags, "whole", cwd=fresh)
+    process = start(*flags, "parts", cwd=fresh)
+    process.wait_for((fresh / "parts/weights/unet_synthetic_seed0.pt").exists)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and undisturbed.wait() == 0
+    out, _ = call(*flags, "parts", cwd=fresh)
+    assert "unet_synthetic_seed0.pt: trained before" in out
+    a, b = content(fresh / "whole"), content(fresh / "parts")
+    for name in ("segment_unet.md", "table7.png"):
+        assert a[name] == b[name]
+
+
+def test_sigterm_saves_and_a_second_signal_stops_at_once(fresh):
+    flags = ["pretrain.py", "--method", "simgan", "--steps", 400, "--batch-size", 4, "--run"]
+    process = start(*flags, "runs/once", cwd=fresh)
+    process.wait_for(lambda: process.read("stderr"))
+    process.terminate()
+    assert process.wait() == 130
+    assert load_checkpoint(fresh / "runs/once/pretrain.pt", ["pretrain"], "")["step"] < 400
+    last = process.read("stderr").strip().splitlines()[-1]
+    assert "stopped at step" in last and "saved in runs/once; --resume goes on" in last
+    _, err = call("train_gan.py", "--run", "runs/once", cwd=fresh, status=2)
+    assert "pretrain.py --resume" in err
+
+    flags[6] = 128                                             # a step of some seconds
+    process = start(*flags, "runs/twice", cwd=fresh)
+    process.wait_for(lambda: process.read("stderr"))
+    for _ in range(2):
+        process.terminate()
+        process.wait_for(lambda: "once more stops at once" in process.read("stderr"))
+    assert process.wait(1) == -signal.SIGTERM
+    assert not (fresh / "runs/twice/pretrain.pt").exists()
+
+
+def test_the_first_signal_is_only_noted():
+    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        requests = stop_requests()
+        signal.raise_signal(signal.SIGINT)
+        assert requests == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def test_resume_refuses_another_pre_training_and_other_images(fresh):
+    """It would go on, but with a run that no single command can repeat."""
+    call("train_gan.py", *GAN, cwd=fresh)
+    before = (fresh / "runs/ours/last.pt").read_bytes()
+    pretrained = fresh / "runs/ours/pretrain.pt"
+    kept = pretrained.read_bytes()
+    shutil.copy(fresh / "runs/simgan/pretrain.pt", pretrained)
+    _, err = call("train_gan.py", *GAN, "--resume", cwd=fresh, status=2)
+    assert "last.pt: was run with pretrain = " in err
+    pretrained.write_bytes(kept)
+    image = next((fresh / "data/real/train/images").iterdir())
+    prepare.Image.new("RGB", (48, 24)).save(image)
+    _, err = call("train_gan.py", *GAN, "--resume", cwd=fresh, status=2)
+    assert "last.pt: was run with images = " in err
+    assert (fresh / "runs/ours/last.pt").read_bytes() == before
+
+
+# ------------------------------------------------------------------- losses that are no numbers
+
+
+@pytest.mark.parametrize("script, term", [("train_gan", "loss_adv"), ("pretrain", "loss")])
+def test_a_loss_that_is_no_number_keeps_the_last_good_state(fresh, script, term, monkeypatch):
+    """Step 5 gives nan: the line says which step and term; the state of step 4 is kept."""
+    module = __import__(script)
+    honest, calls = module.update_R, []
+
+    def update(*args):
+        calls.append(1)
+        first, *rest = honest(*args)
+        nan_at = 10 if script == "train_gan" else 5            # the GAN updates R twice a step
+        return (first * float("nan") if len(calls) == nan_at else first, *rest)
+    monkeypatch.setattr(module, "update_R", update)
+    monkeypatch.chdir(fresh)
+    flags = GAN if script == "train_gan" else PRETRAIN + ["--run", "runs/nan"]
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, flags)])
+    monkeypatch.setattr(module, "stop_requests", list)         # leave pytest's signals alone
+    with pytest.raises(UserError, match=f"step 5: .*{term}.* nan.*(last|pretrain).pt"):
+        module.main()
+    path = fresh / ("runs/ours/last.pt" if script == "train_gan" else "runs/nan/pretrain.pt")
+    assert load_checkpoint(path, ["gan", "pretrain"], "")["step"] == 4
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    """The last finite loss can have an infinite gradient: its update ruins the weights, and only
+    the next step's loss would tell."""
+    path = tmp_path / "last.pt"
+    models.save_checkpoint(path, "gan", refiner={"w": torch.ones(2)})
+    before = path.read_bytes()
+    for key in ("refiner", "discriminator", "weights"):
+        with pytest.raises(UserError, match=f"last.pt: not written, the {key}"):
+            models.save_checkpoint(path, "gan", **{key: {"w": torch.tensor([1, torch.inf])}})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
