@@ -12,7 +12,6 @@ Writes  results/table2.md    FID, KID and SSIM against real, next to the paper's
 Every row has the same N, the same real images and, for SSIM, the same real partner per image.
 200 images of a domain take 22 s on 2 cores.
 """
-import hashlib
 import json
 from pathlib import Path
 
@@ -21,9 +20,9 @@ import torch
 from scipy.special import stdtrit
 
 from models import (announce, fid, inception_features, jackknife_error, kid, leave_out,
-                    load_inception, pick_device, provenance, ssim)
+                    load_inception, pick_device, provenance, sha256, ssim)
 from prepare import (UserError, load_images, names, natural, parser, positive, progress, start,
-                     write_text)
+                     writable, write_text)
 
 ROWS = ["synthetic", "pretrained", "simgan", "ours"]
 FLOOR = "real, other frames (the floor)"
@@ -156,10 +155,6 @@ def weights_of(net, inception):
     return label, sha256(*net.state_dict().values())
 
 
-def sha256(*tensors):
-    return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in tensors)).hexdigest()
-
-
 def arguments():
     p = parser(__doc__)
     p.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
@@ -231,6 +226,7 @@ def main():
     domains = load_domains(args.data)
     real, floor = (load_images(args.data / "real" / s) for s in ("test", "train"))
     n = check(domains, real, floor, args)
+    writable(args.out)
     sample = torch.cat([x[:16] for x in (*domains.values(), floor)])     # for "random" only
     net = load_inception(args.inception, "pool3", sample, args.seed)
     label, weights = weights_of(net, args.inception)

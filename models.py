@@ -11,6 +11,8 @@ Reads and writes nothing but checkpoints. Images enter a network as float32 in [
 [N, 3, H, W]; they are kept everywhere else as uint8 (see `to_float` and `to_uint8`).
 Only `prepare.py` (the data format, the error class, whole-or-nothing writes) is imported.
 """
+import hashlib
+import os
 import platform
 import shlex
 import signal
@@ -504,7 +506,15 @@ def load_tensors(path, flag):
 
 
 def save_checkpoint(path, stage, **state):
-    """Write `state` (tensors and plain values) and its stage to `path`, whole or not at all."""
+    """Write `state` (tensors and plain values) and its stage to `path`, whole or not at all.
+
+    UserError, and the old file stays, if the disk is full or a weight has become inf or nan:
+    the update after the last finite loss can do that."""
+    for key, weights in state.items():
+        if key in ("refiner", "discriminator", "weights") and not all(
+                torch.isfinite(w).all() for w in weights.values()):
+            raise UserError(f"{path}: not written, the {key} has weights that are inf or nan; what "
+                            "was there before is as it was; try a smaller --lr or --d-lr")
     try:
         with whole(path) as temporary:
             torch.save({"stage": stage, **state}, temporary)
@@ -521,11 +531,24 @@ def resume_or_start(path, stage, settings, resume, overwrite):
                             "it anew")
         return None
     state = load_checkpoint(path, [stage], "nothing to --resume: leave the flag away")
-    for key, value in settings.items():
-        if state["settings"].get(key) != value:
-            raise UserError(f"{path}: was run with {key} = {state['settings'].get(key)}, not "
-                            f"{value}; --resume goes on with the same settings only")
+    same_settings(path, state["settings"], settings)
     return state
+
+
+def same_settings(path, old, settings):
+    """UserError, naming the first that differs, unless a run had these settings."""
+    for key, value in settings.items():
+        if old.get(key) != value:
+            raise UserError(f"{path}: was run with {key} = {old.get(key)}, not {value}; "
+                            "--resume goes on with the same settings only")
+
+
+def sha256(*tensors):
+    """SHA-256 of the bytes of tensors, as hex."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def stop_requests():
@@ -538,6 +561,7 @@ def stop_requests():
     def note(signum, _):
         requests.append(signum)
         signal.signal(signum, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
     return requests
@@ -553,3 +577,14 @@ def load_checkpoint(path, stages, advice):
         raise UserError(f"{path}: wanted a checkpoint of {' or '.join(stages)}, found {found}; "
                         f"{advice}")
     return state
+
+
+def rebuild(Network, state, name, path):
+    """The network `name` of a checkpoint, weights loaded; UserError if it is of another kind."""
+    try:
+        net = Network(**state[f"{name}_args"])
+        net.load_state_dict(state[name])
+        return net
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path}: its {name} is not a {Network.__name__} of this models.py "
+                        f"({' '.join(str(error).split())[:80]}); train it again") from None

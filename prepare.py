@@ -16,8 +16,11 @@ imported by the other stages. It imports none of them, and torch only where tens
 """
 import argparse
 import json
+import multiprocessing
 import os
 import sys
+import tempfile
+import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 try:
@@ -87,8 +90,9 @@ def start(main):
             bar.close()
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped; --help says how to go on", file=sys.stderr)
+    except KeyboardInterrupt as stop:                    # with a text: a training that has saved
+        advice = f" {stop}; --resume goes on" if str(stop) else "; run it again to go on"
+        print(f"\n{Path(sys.argv[0]).name}: stopped{advice}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -146,6 +150,13 @@ def lock(folder, make=True):
     except (BlockingIOError, PermissionError):
         raise UserError(f"{folder}: another process is writing there; wait for its end or choose "
                         "another folder") from None
+
+
+def writable(folder):
+    """Make a folder for results, or fail now rather than after the hours that lead to them."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 @contextmanager
@@ -274,21 +285,25 @@ def images_below(folder):
 
 def find_folder(images, labels=None):
     """Frames of any image folder; the label of a/b.jpg is labels/a/b.png (or none at all)."""
-    frames, skipped, seen = [], [], {}
-    if labels and not Path(labels).expanduser().is_dir():
-        raise UserError(f"{labels}: no such folder of labels")
+    frames, skipped, seen, label_of = [], [], {}, {}
+    images, labels = Path(images).expanduser(), labels and Path(labels).expanduser()
+    if labels:
+        if not labels.is_dir():
+            raise UserError(f"{labels}: no such folder of labels")
+        label_of = {p.relative_to(labels).with_suffix(""): p
+                    for p in sorted(labels.rglob("*")) if p.suffix.lower() == ".png"}
     for path in images_below(images):
-        relative = path.relative_to(Path(images).expanduser()).with_suffix("")
+        relative = path.relative_to(images).with_suffix("")
         name = "_".join(relative.parts)
         if name in seen:
             raise UserError(f"{path} and {seen[name]} would both become {name}.png; rename one")
         seen[name] = path
-        label = Path(labels).expanduser() / f"{relative}.png" if labels else None
-        if label and not label.is_file():
-            skipped.append((path, f"no label {label}"))
+        label = label_of.pop(relative, None)
+        if labels and not label:
+            skipped.append((path, f"no label {labels / relative}.png"))
         else:
             frames.append(Frame(name, path, label))
-    return frames, skipped
+    return frames, skipped + [(path, "a label without an image") for path in label_of.values()]
 
 
 def find_gta5(root):
@@ -375,11 +390,16 @@ def plan(args):
 
 
 def read_rgb(path):
-    """An image file as RGB. Grey and palette are converted; 16 bit and CMYK are refused."""
+    """An image file as RGB, turned upright if a camera noted how it was held.
+
+    Grey, palette and opaque RGBA are converted. CMYK (no profile says which colours), 16-bit
+    grey (any range) and what is transparent (no picture there) are refused: ValueError."""
     with Image.open(path) as image:
         if image.mode not in ("RGB", "L", "P", "RGBA", "LA", "1"):
             raise ValueError(f"image mode {image.mode}, wanted 8-bit RGB")
-        return image.convert("RGB")
+        if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+            raise ValueError("it has transparent pixels, wanted an opaque image")
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def read_label(path, ids):
@@ -512,13 +532,21 @@ def arguments():
     return args
 
 
+def end_with_parent():
+    """In a worker: end when the main process has, since a SIGKILL of it tells nobody."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_jobs(make, jobs, args, skipped):
     """Make every frame, in parallel; appends to `skipped`. Returns pixels per class, int [20]
     for every (domain, split), and the set of ((domain, split), name) that were made."""
     totals = {key: np.zeros(20, np.int64) for key, _, _ in jobs}
     made = set()
     try:
-        with ProcessPoolExecutor(args.workers) as pool:
+        with ProcessPoolExecutor(args.workers, initializer=end_with_parent) as pool:
             results = pool.map(make, jobs, chunksize=8)
             for (key, frame, _), (pixels, why) in progress(zip(jobs, results), total=len(jobs),
                                                            unit="image"):
@@ -568,9 +596,9 @@ def main():
         if not done[key]:
             raise UserError(f"{'/'.join(key)}: all {len(some)} frames were skipped, the last "
                             f"because: {skipped[-1][0]}: {skipped[-1][1]}")
-        for path in (args.out / key[0] / key[1]).glob("*/*.png"):
-            if (key, path.stem) not in made:          # left by an earlier run on other frames
-                path.unlink()
+        for path in (args.out / key[0] / key[1]).glob("*/*.png*"):
+            if (key, path.stem) not in made:          # left by an earlier run on other frames,
+                path.unlink()                         # or a .png.tmp by one that was killed
 
     done = {key: done[key] for key in frames}
     print(report(done, totals))

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from models import (Discriminator, Refiner, announce, load_inception, make_optimizer,
-                    patch_loss, pick_device, resume_or_start, save_checkpoint, speed_up,
-                    stop_requests, to_float, to_uint8)
+                    patch_loss, pick_device, rebuild, resume_or_start, same_settings,
+                    save_checkpoint, sha256, speed_up, stop_requests, to_float, to_uint8)
 from prepare import (UserError, load_images, lock, parser, positive, progress, save_grid, start,
                      write_text)
 
@@ -71,15 +71,16 @@ class Run:
     def __init__(self, args, device, state):
         self.args, self.device = args, device
         torch.manual_seed(args.seed)                             # the initial weights
-        self.R = speed_up(Refiner(), device, args.precision)
-        self.D = speed_up(Discriminator(args.final_relu), device, args.precision)
+        R = rebuild(Refiner, state, "refiner", args.run) if state else Refiner()
+        D = rebuild(Discriminator, state, "discriminator", args.run) if state else \
+            Discriminator(args.final_relu)
+        self.R = speed_up(R, device, args.precision)
+        self.D = speed_up(D, device, args.precision)
         self.optimizer_R = make_optimizer(args.optimizer, self.R.parameters(), args.lr)
         self.optimizer_D = make_optimizer(args.d_optimizer, self.D.parameters(), args.d_lr)
         self.random = torch.Generator().manual_seed(args.seed)   # the batches
         self.step, self.log = 0, []
         if state:
-            self.R.load_state_dict(state["refiner"])
-            self.D.load_state_dict(state["discriminator"])
             self.optimizer_R.load_state_dict(state["optimizer_R"])
             self.optimizer_D.load_state_dict(state["optimizer_D"])
             self.random.set_state(state["random"])
@@ -161,6 +162,8 @@ def main():
     if synthetic.shape[1:] != real.shape[1:]:
         raise UserError(f"{args.data}: synthetic images are {list(synthetic.shape[2:])}, real "
                         f"ones {list(real.shape[2:])}; prepare both with one --size")
+    settings["images"] = sha256(synthetic, real)[:16]
+    same_settings(path, state["settings"] if state else settings, settings)
     psi = None
     if args.method == "ours":
         psi = load_inception(args.inception, args.layer, real, args.seed).to(device)
@@ -187,7 +190,7 @@ def main():
         if run.step % args.save_every == 0 or run.step == total or stop:
             run.save(settings, run.step == total)
         if stop:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"at step {run.step} of {total}, saved in {args.run}")
     bar.close()
     summarise(run, to_float(synthetic[:6].to(device)))
     print(f"done: {path}, {args.run}/pretrain.csv, {args.run}/pretrain.png")

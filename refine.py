@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from models import (Refiner, announce, load_checkpoint, pick_device, speed_up, to_float,
-                    to_uint8)
+from models import (Refiner, announce, load_checkpoint, pick_device, rebuild, speed_up,
+                    to_float, to_uint8)
 from prepare import (UserError, load_images, lock, names, parser, positive, progress, start,
                      write_png, write_text)
 
@@ -68,15 +68,15 @@ def main():
             p.name != ".lock" for p in args.out.iterdir()):
         raise UserError(f"{args.out}: is there already and was not made by refine.py; choose "
                         "another --out")
+    if args.out.resolve() == args.data.resolve():
+        raise UserError(f"--out {args.out} is --data itself; choose another --out")
     splits = [s for s in ("train", "test") if (args.data / s).is_dir()]
     if not splits:
         raise UserError(f"{args.data}: no train/ or test/ in it; --data wants a domain folder "
                         "made by prepare.py")
     announce("refine.py", device, args.seed, f"{args.checkpoint} (step {state['step']}) and "
              f"{args.data}/", f"{args.out}/")
-    R = Refiner(**state["refiner_args"])
-    R.load_state_dict(state["refiner"])
-    R = speed_up(R, device)
+    R = speed_up(rebuild(Refiner, state, "refiner", args.checkpoint), device)
 
     lock(args.out)
     digest = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:16]

@@ -15,7 +15,6 @@ Writes  results/segment_NETWORK.md    full matrices of mIoU and pixel accuracy, 
 
 At 40 x 80, 600 images and 2 cores an epoch takes 5 s (U-Net) and 20 s (DeepLabV3+).
 """
-import hashlib
 import json
 from pathlib import Path
 
@@ -24,9 +23,9 @@ import torch
 import torch.nn.functional as F
 
 from models import (DeepLabV3Plus, UNet, announce, jackknife_error, leave_out, load_tensors,
-                    pick_device, provenance, save_checkpoint, speed_up, to_float)
-from prepare import (CLASSES, IGNORE, PALETTE, UserError, load_images, load_labels, parser,
-                     positive, progress, save_grid, start, write_text)
+                    pick_device, provenance, save_checkpoint, sha256, speed_up, to_float)
+from prepare import (CLASSES, IGNORE, PALETTE, UserError, load_images, load_labels, natural,
+                     parser, positive, progress, save_grid, start, writable, write_text)
 
 DOMAINS = ["synthetic", "simgan", "ours", "real"]
 NETWORKS = ["unet", "deeplabv3plus"]
@@ -134,15 +133,15 @@ def trained(network, domain, seed, data, args, device):
     """The network trained on `domain`: from results/weights if that very training is there."""
     images, labels = data
     wanted = {"network": network, "domain": domain, "seed": seed, "images": len(images),
-              "data": hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes())
-              .hexdigest(), "epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr,
-              "precision": args.precision, "backbone_weights": str(args.backbone_weights)}
+              "data": sha256(images, labels), "epochs": args.epochs,
+              "batch_size": args.batch_size, "lr": args.lr, "precision": args.precision,
+              "backbone_weights": str(args.backbone_weights)}
     path = args.out / "weights" / f"{network}_{domain}_seed{seed}.pt"
     torch.manual_seed(seed)                                   # equal for the four domains
     net = speed_up(build(network, args.backbone_weights), device, args.precision)
     if path.is_file():
         state = load_tensors(path, "weights")
-        if state["settings"] == wanted:
+        if isinstance(state, dict) and state.get("settings") == wanted:
             net.load_state_dict(state["weights"])
             print(f"{path}: trained before, not again")
             return net
@@ -208,7 +207,7 @@ def arguments():
     p.add_argument("--epochs", type=positive(int), default=30, help="passes over the data")
     p.add_argument("--batch-size", type=positive(int), default=16, help="images a batch")
     p.add_argument("--lr", type=positive(float), default=1e-3, help="at the start; cosine to 0")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="one training each")
+    p.add_argument("--seeds", type=natural, nargs="+", default=[0], help="one training each")
     p.add_argument("--backbone-weights", default="none",
                    help="of DeepLabV3+'s ResNet-50: none, imagenet (downloaded) or a file")
     p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
@@ -235,6 +234,10 @@ def main():
     count = min(len(data[d, "train"][0]) for d in domains)
     if count < 2:
         raise UserError(f"{args.data}: only {count} training image in one domain; 2 at least")
+    networks = NETWORKS if args.network == "both" else [args.network]
+    for network in networks:                   # what cannot be built or written fails now
+        build(network, args.backbone_weights)
+    writable(args.out)
     print(f"{count} training images of every domain, {args.epochs} epochs, tested on " +
           ", ".join(f"{len(data[d, 'test'][0])} {d}" for d in domains))
 
@@ -242,7 +245,7 @@ def main():
     order = {len(data[d, "train"][0]): torch.from_numpy(np.random.default_rng(args.seed)
              .permutation(len(data[d, "train"][0]))[:count]) for d in domains}
     pictures = {}
-    for network in NETWORKS if args.network == "both" else [args.network]:
+    for network in networks:
         matrices, results = {}, []
         for seed in args.seeds:
             matrices[seed] = {d: {} for d in domains}

@@ -24,8 +24,8 @@ import torch
 from tqdm import tqdm
 
 from models import (Discriminator, Refiner, announce, load_checkpoint, make_optimizer,
-                    patch_loss, pick_device, resume_or_start, save_checkpoint, speed_up, ssim,
-                    stop_requests, to_float, to_uint8)
+                    patch_loss, pick_device, rebuild, resume_or_start, same_settings,
+                    save_checkpoint, sha256, speed_up, ssim, stop_requests, to_float, to_uint8)
 from prepare import (UserError, load_images, lock, parser, positive, progress, save_grid, start,
                      whole, write_text)
 
@@ -195,10 +195,8 @@ class Run:
 
     def __init__(self, args, device, source):
         self.args, self.device = args, device
-        self.R = Refiner(**source["refiner_args"])
-        self.D = Discriminator(**source["discriminator_args"])
-        self.R.load_state_dict(source["refiner"])
-        self.D.load_state_dict(source["discriminator"])
+        self.R = rebuild(Refiner, source, "refiner", args.run)
+        self.D = rebuild(Discriminator, source, "discriminator", args.run)
         speed_up(self.R, device, args.precision, args.compile)
         speed_up(self.D, device, args.precision, args.compile)
         self.optimizer_R = make_optimizer(args.optimizer, self.R.parameters(), args.lr)
@@ -300,6 +298,9 @@ def main():
     announce("train_gan.py", device, args.seed, f"{args.data}/ and {args.run}/pretrain.pt",
              f"{args.run}/")
     synthetic, real, pairs = load_data(args.data)
+    settings.update(pretrain=sha256(*pretrained["refiner"].values())[:16],
+                    images=sha256(synthetic, real)[:16])
+    same_settings(args.run / "last.pt", state["settings"] if state else settings, settings)
     run = Run(args, device, state or pretrained)
     R, D, n = run.R, run.D, args.batch_size
     n_old = n // 2 if args.history else 0                     # of D's refined batch
@@ -335,7 +336,7 @@ def main():
         if run.step % args.save_every == 0 or run.step == args.steps or stop:
             run.save(settings)
         if stop:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"at step {run.step} of {args.steps}, saved in {args.run}")
     bar.close()
     draw_curves(args.run / "curves.png", run.log, args.sample_every, run.best["step"])
     print(f"best step by the paper's rule: {run.best['step']} of {args.steps} (score "

@@ -4,14 +4,17 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, call
+from PIL import Image
 
 import prepare
+from models import Refiner
 
 SCRIPTS = ["prepare", "pretrain", "train_gan", "refine", "evaluate", "segment"]
 
@@ -122,6 +125,32 @@ MISTAKES = [
     ("train_gan.py --lr 0", "--lr above 0"),
     ("pretrain.py --device cuda:x", "--device"),
     ("refine.py --data broken.pt --checkpoint none.pt", "none.pt train_gan.py"),
+    ("refine.py --checkpoint old.pt --data good/real --out new", "old.pt refiner train"),
+    ("refine.py --checkpoint pretrain.pt --data nowhere --out new", "nowhere prepare.py"),
+    ("refine.py --checkpoint pretrain.pt --data good/real --out good/real", "good/real --out"),
+    ("refine.py --checkpoint pretrain.pt --data empty --out empty", "empty --data"),
+    ("refine.py --checkpoint segment.pt", "segment.pt segment train_gan.py"),
+    ("refine.py --checkpoint good", "good checkpoint"),
+    ("refine.py --batch-size -1", "--batch-size above 0"),
+    ("pretrain.py --data good --layer Conv9 --inception random", "--layer Conv9"),
+    ("pretrain.py --data good --inception nowhere.pt", "--inception nowhere.pt"),
+    ("pretrain.py --data good --inception tensor.pt", "--inception tensor.pt"),
+    ("pretrain.py --data good --resume", "pretrain.pt --resume"),
+    ("pretrain.py --data good --run broken.pt --inception random", "broken.pt"),
+    ("pretrain.py --d-lr nan", "--d-lr above 0"),
+    ("pretrain.py --d-optimizer rmsprop", "--d-optimizer"),
+    ("pretrain.py --data broken.pt", "broken.pt"),
+    ("pretrain.py --data sizes", "sizes 24 48 32 64"),
+    ("evaluate.py --data good --n 1 --inception random", "--n 1 least"),
+    ("evaluate.py --data good --n 9 --inception random", "--n 9 has 4"),
+    ("evaluate.py --data good --inception random --out broken.pt", "broken.pt"),
+    ("evaluate.py --data sizes --inception random", "sizes 24 48 32 64"),
+    ("segment.py --data sizes --out broken.pt --network unet", "broken.pt"),
+    ("segment.py --data good --seeds -1", "--seeds"),
+    ("segment.py --epochs 0", "--epochs above 0"),
+    ("segment.py --lr inf", "--lr above 0"),
+    ("segment.py --data sizes --backbone-weights none.pt",
+     "--backbone-weights none.pt"),
 ]
 
 
@@ -138,6 +167,21 @@ def empty(tmp_path_factory):
     (cwd / "broken.pt").write_bytes(b"half of a checkpoint")
     torch.save(Evil(), cwd / "evil.pt")
     torch.save(torch.zeros(3), cwd / "tensor.pt")
+    refiner = Refiner()
+    states = {"pretrain": dict(refiner_args=refiner.args, refiner=refiner.state_dict(), step=1),
+              "segment": {}, "old": dict(stage="best", refiner_args={}, refiner={}, step=1)}
+    for name, state in states.items():
+        torch.save({"stage": name, **state}, cwd / f"{name}.pt")
+    for folder, size in (("good/real", (48, 24)), ("sizes/real", (48, 24)),
+                         ("sizes/synthetic", (64, 32))):
+        for split, count in (("train", 5), ("test", 4)):
+            for kind, mode in (("images", "RGB"), ("labels", "P")):
+                (cwd / folder / split / kind).mkdir(parents=True)
+                for i in range(count):
+                    Image.new(mode, size).save(cwd / folder / split / kind / f"{i}.png")
+    shutil.copytree(cwd / "good/real", cwd / "good/synthetic")
+    (cwd / "good/synthetic/refine.json").write_text('{"finished": true}')
+    (cwd / "empty").mkdir()
     return cwd
 
 
@@ -153,13 +197,13 @@ def main_of(command, cwd, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command, words", MISTAKES)
 def test_a_mistake_gets_one_line_and_status_2(command, words, empty, monkeypatch, capsys):
+    before = sorted(empty.rglob("*"))
     status, err = main_of(command, empty, monkeypatch, capsys)
     last = err.strip().splitlines()[-1]
     assert status == 2 and ": error: " in last
     for word in words.split():
         assert word in last, last
-    assert not (empty / "was_run").exists()
-    assert not (empty / "results").exists() and not (empty / "runs").exists()
+    assert sorted(empty.rglob("*")) == before        # nothing made, nothing removed, none run
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -125,3 +125,13 @@ def test_deeplab_runs_through(finished):
     call("segment.py", "--network", "deeplabv3plus", "--epochs", 1, "--batch-size", 8,
          "--out", "other", cwd=finished)
     assert (finished / "other/segment_deeplabv3plus.json").is_file()
+
+
+def test_a_batch_larger_than_the_set(fresh):
+    """9 training images: batches are drawn with replacement, segmentation takes what there is."""
+    call_all(["pretrain.py", "--steps", 1, "--d-steps", 1, "--batch-size", 12, "--inception",
+              "random", "--run", "runs/large"],
+             ["refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--batch-size", 12], cwd=fresh)
+    call_all(["train_gan.py", "--run", "runs/large", "--steps", 1, "--batch-size", 12],
+             ["segment.py", "--network", "unet", "--epochs", 1, "--batch-size", 12], cwd=fresh)
+    assert (fresh / "runs/large/gan.pt").is_file()

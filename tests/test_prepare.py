@@ -1,4 +1,5 @@
 """prepare.py: class table, crop, tiny folders in every format it reads, and what it refuses."""
+import io
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from PIL import Image
 from torchvision.datasets import Cityscapes
 
 from prepare import (CLASSES, IGNORE, LOOKUP, PALETTE, UserError, crop_and_resize, load_images,
-                     load_labels, names, read_label, read_rgb)
+                     load_labels, names, read_rgb)
 
 SCRIPT = Path(__file__).resolve().parents[1] / "prepare.py"
 SMALL = ["--crop", "none", "--size", "24", "48", "--test", "3"]
@@ -441,24 +442,99 @@ def test_a_users_slip_is_one_line(places, tmp_path, arguments, words):
         assert word in line
 
 
-def test_a_label_with_unknown_ids_names_them(tmp_path):
-    """Silently made void, a wrong --label-ids would look like a bad network."""
-    draw_label(tmp_path / "a.png", 0, [0, 7, 35, 200])
-    with pytest.raises(ValueError, match="35, 200"):
-        read_label(tmp_path / "a.png", "labelIds")
-    draw_label(tmp_path / "b.png", 0, [0, 7, 33])
-    with pytest.raises(ValueError, match="33"):
-        read_label(tmp_path / "b.png", "trainIds")
+def noise(mode, seed=0, size=(48, 64)):
+    """A PIL image of `mode` with random content."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
 
 
-def test_colour_labels_and_deep_images_are_refused(tmp_path):
-    """A label's pixel values are ids: an RGB picture of one holds none."""
-    draw(tmp_path / "rgb.png", 0)
-    with pytest.raises(ValueError, match="RGB"):
-        read_label(tmp_path / "rgb.png", "labelIds")
-    draw(tmp_path / "cmyk.jpg", 0, mode="CMYK")
-    with pytest.raises(ValueError, match="CMYK"):
-        read_rgb(tmp_path / "cmyk.jpg")
+def ids(mode="L", value=7):
+    """A label of one id, as PIL image."""
+    image = Image.new("L", (64, 48), value)
+    return image if mode == "L" else image.convert(mode)
+
+
+def holed(image):
+    """An image with one transparent pixel."""
+    image = image.convert("RGBA")
+    image.putpixel((3, 3), (0, 0, 0, 0))
+    return image
+
+
+def damaged(suffix, keep):
+    """The first `keep` bytes of an image file."""
+    file = io.BytesIO()
+    noise("RGB").save(file, {".png": "PNG", ".jpg": "JPEG"}[suffix])
+    return file.getvalue()[:keep]
+
+
+DEEP = Image.fromarray(np.full((48, 64), 3000, np.uint16))
+# The table of bad (and good) input. File name of the image: image, label (as bytes or PIL), and
+# words of the reason for which the pair is skipped; none for a pair that must be taken.
+FRAMES = {
+    "fine.png": (noise("RGB"), ids(), ""),
+    "palette label.png": (noise("RGB"), ids().convert("P"), ""),
+    "grey.png": (noise("L"), ids(), ""),
+    "black and white.png": (noise("1"), ids(), ""),
+    "palette.png": (noise("P"), ids(), ""),
+    "opaque.png": (noise("RGBA"), ids(), ""),
+    "PHOTO Ä 東京.JPG": (noise("RGB"), ids(), ""),
+    "PHOTO.JPEG": (noise("L"), ids(), ""),
+    "holed.png": (holed(noise("RGB")), ids(), "transparent"),
+    "deep.png": (DEEP, ids(), "mode I;16 8-bit"),
+    "cmyk.jpg": (noise("CMYK"), ids(), "CMYK RGB"),
+    "zero.png": (b"", ids(), "cannot identify"),
+    "text.png": (b"this is no image", ids(), "cannot identify"),
+    "cut.png": (damaged(".png", 3000), ids(), "truncated"),
+    "cut photo.jpg": (damaged(".jpg", 1000), ids(), "truncated"),
+    "head only.png": (damaged(".png", 40), ids(), "cannot identify"),
+    "wide.png": (noise("RGB", size=(48, 80)), ids(), "80x48 64x48"),
+    "zero label.png": (noise("RGB"), b"", "cannot identify"),
+    "rgb label.png": (noise("RGB"), ids("RGB"), "label mode RGB ids"),
+    "alpha label.png": (noise("RGB"), ids("LA"), "label mode LA"),
+    "rgba label.png": (noise("RGB"), ids("RGBA"), "label mode RGBA"),
+    "deep label.png": (noise("RGB"), DEEP, "label mode I;16"),
+    "unknown ids.png": (noise("RGB"), ids(value=77), "label ids 77 are not labelIds"),
+    "no label.png": (noise("RGB"), None, "no label"),
+    "alone.png": (None, ids(), "label without an image"),
+}
+
+
+def test_the_table_of_bad_input(tmp_path):
+    """Each is converted where that is right, else skipped with its reason; never a traceback."""
+    root = tmp_path / "raw"
+    for name, (image, label, _) in FRAMES.items():
+        suffix = ".PNG" if "PHOTO" in name else ".png"                 # of its label
+        for content, path in ((image, root / "images" / name),
+                              (label, root / "labels" / f"{Path(name).stem}_{suffix}")):
+            path = path.with_name(path.name.replace("_.", "."))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            elif content:
+                content.save(path)
+    for i in range(9):
+        draw(root / "real" / f"{i}.png", i)
+    before = files(root)
+    text = good("--synthetic", root / "images", root / "labels", "--real", root / "real",
+                "--out", tmp_path / "out", *SMALL[:-1], 8)
+    assert files(root) == before                                # nothing of the user's changed
+    made = {n for s in ("train", "test") for n in names(tmp_path / "out/synthetic" / s)}
+    assert made == {Path(name).stem for name, (*_, words) in FRAMES.items() if not words}
+    skipped = record(tmp_path / "out")["skipped"]
+    bad = {Path(name).stem: words for name, (*_, words) in FRAMES.items() if words}
+    assert len(skipped) == len(bad) and f"{len(bad)} frames skipped" in text
+    for stem, words in bad.items():
+        (line,) = [x for x in skipped if f"/{stem}." in x.split(": ")[0]]
+        assert all(word in line for word in words.split()), line
+
+
+def test_a_camera_held_upright(tmp_path):
+    """EXIF says how a photo is to be turned; the viewer of the user does it too."""
+    exif = Image.Exif()
+    exif[0x0112] = 6                                            # turn by 90 degrees
+    noise("RGB").save(tmp_path / "a.jpg", exif=exif)
+    assert read_rgb(tmp_path / "a.jpg").size == (48, 64)
 
 
 # --------------------------------------------------------------------- reading prepared folders
