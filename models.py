@@ -12,20 +12,20 @@ Reads and writes nothing but checkpoints. Images enter a network as float32 in [
 Only `prepare.py` (the data format, the error class, whole-or-nothing writes) is imported.
 """
 import hashlib
+import math
 import os
 import platform
 import shlex
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
-from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from prepare import CLASSES, UserError, whole
 
@@ -50,7 +50,7 @@ def announce(script, device, seed, reads, writes):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU")
     print(f"{script}: {device.type} ({name}), torch {torch.__version__}, torchvision "
-          f"{torchvision.__version__}, seed {seed}; reads {reads}; writes {writes}", flush=True)
+          f"{version('torchvision')}, seed {seed}; reads {reads}; writes {writes}", flush=True)
 
 
 def provenance(args, device):
@@ -59,7 +59,7 @@ def provenance(args, device):
             "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
             "device": f"{device}, {torch.get_num_threads()} threads",
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "torchvision": torchvision.__version__, "numpy": np.__version__,
+                         "torchvision": version("torchvision"), "numpy": np.__version__,
                          "pillow": PIL.__version__}}
 
 
@@ -199,7 +199,8 @@ def inception_state(weights):
     if weights != "imagenet":
         return load_tensors(weights, "--inception")
     try:
-        return torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(
+        from torchvision.models import Inception_V3_Weights
+        return Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(
             progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"--inception imagenet: the download failed ({error}); give a file "
@@ -233,8 +234,8 @@ def load_inception(weights="imagenet", layer="pool3", images=None, seed=0):
     """
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    net = torchvision.models.inception_v3(weights=None, aux_logits=False, init_weights=False,
-                                          transform_input=False)
+    from torchvision.models import inception_v3                    # 1.5 s: only where needed
+    net = inception_v3(weights=None, aux_logits=False, init_weights=False, transform_input=False)
     torch.set_rng_state(state)
     net.fc = nn.Identity()
     for module in net.modules():
@@ -393,18 +394,35 @@ def ssim(x, y, max_val=255):
     if x.shape != y.shape or x.shape[-2] < 11 or x.shape[-1] < 11:
         raise ValueError(f"ssim wants equal shapes of 11 x 11 or more, "
                          f"not {tuple(x.shape)} and {tuple(y.shape)}")
+    # So many images at once that their 12 maps stay in a CPU's cache: 2.4 x faster at 80 x 160.
+    n = max(1, (2 ** 16 if x.device.type == "cpu" else 2 ** 24) // (x.shape[-2] * x.shape[-1]))
+    return torch.cat([ssim_of_few(a, b, max_val) for a, b in zip(x.split(n), y.split(n))])
+
+
+def ssim_of_few(x, y, max_val):
+    """`ssim` of images that are worked on at the same time."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, y = x.to(dtype) / max_val, y.to(dtype) / max_val        # now L = 1
-    g = torch.exp(-(torch.arange(11, dtype=dtype, device=x.device) - 5) ** 2 / (2 * 1.5 ** 2))
-    g = g / g.sum()
-    n, channels, height, width = x.shape
-    maps = torch.cat([x, y, x * x + y * y, x * y], 1).reshape(-1, 1, height, width)
-    maps = F.conv2d(F.conv2d(maps, g.view(1, 1, 11, 1)), g.view(1, 1, 1, 11))   # separable
-    mx, my, square, product = maps.reshape(n, 4, channels, *maps.shape[-2:]).unbind(1)
+    mx, my, square, product = gaussian_mean(
+        torch.cat([x, y, x * x + y * y, x * y], 1)).chunk(4, 1)
     c1, c2 = 0.01 ** 2, 0.03 ** 2
     luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
     structure = (2 * (product - mx * my) + c2) / (square - mx * mx - my * my + c2)
     return (luminance * structure).mean((1, 2, 3))
+
+
+def gaussian_mean(maps):
+    """[N, C, H, W] -> [N, C, H-10, W-10]: means under the window, which is separable. Eleven
+    shifted copies are added up, down and then across: 8 x faster than conv2d with one map."""
+    weights = [math.exp(-(i - 5) ** 2 / (2 * 1.5 ** 2)) for i in range(11)]
+    height, width = maps.shape[2] - 10, maps.shape[3] - 10
+    down = torch.zeros_like(maps[:, :, :height])
+    for i, w in enumerate(weights):
+        down.add_(maps[:, :, i:i + height], alpha=w / sum(weights))
+    across = torch.zeros_like(down[..., :width])
+    for i, w in enumerate(weights):
+        across.add_(down[..., i:i + width], alpha=w / sum(weights))
+    return across
 
 
 # --------------------------------------------------------------- segmentation, section 5.3
@@ -457,8 +475,9 @@ class DeepLabV3Plus(nn.Module):
 
     def __init__(self, classes=len(CLASSES), backbone_weights=None):
         super().__init__()
-        b = torchvision.models.resnet50(weights=None,
-                                        replace_stride_with_dilation=[False, False, True])
+        from torchvision.models import resnet50
+        from torchvision.models.segmentation.deeplabv3 import ASPP
+        b = resnet50(weights=None, replace_stride_with_dilation=[False, False, True])
         if backbone_weights:
             load_weights(b, resnet_state(backbone_weights),
                          f"--backbone-weights {backbone_weights}", "resnet50")
@@ -484,7 +503,8 @@ def resnet_state(weights):
     if weights != "imagenet":
         return load_tensors(weights, "--backbone-weights")
     try:
-        return torchvision.models.ResNet50_Weights.IMAGENET1K_V2.get_state_dict(progress=True)
+        from torchvision.models import ResNet50_Weights
+        return ResNet50_Weights.IMAGENET1K_V2.get_state_dict(progress=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"--backbone-weights imagenet: the download failed ({error}); give a "
                         "file or use --backbone-weights none") from None
