@@ -278,13 +278,15 @@ def calibrate_batchnorm(net, images):
 
 
 @torch.no_grad()
-def inception_features(net, images, device, batch_size=32, progress=iter):
+def inception_features(net, images, device, batch_size=None, progress=iter):
     """pool3 features, float64 [N, 2048] on the CPU, of uint8 images [N, 3, H, W].
 
     `progress` wraps the loop over batches, tqdm for example. Raises UserError when a feature
     is not finite: the weights are damaged then.
     """
-    net = net.to(device)
+    device = torch.device(device)
+    net = speed_up(net, device)                                # channels last: 1.5 x on a CPU
+    batch_size = batch_size or (8 if device.type == "cpu" else 64)
     features = []
     for batch in progress(images.split(batch_size)):
         features.append(net(resize_299(batch.to(device))).cpu().double())
