@@ -11,6 +11,7 @@ Reads and writes nothing but checkpoints. Images enter a network as float32 in [
 [N, 3, H, W]; they are kept everywhere else as uint8 (see `to_float` and `to_uint8`).
 Only `prepare.py` (the data format, the error class, whole-or-nothing writes) is imported.
 """
+import functools
 import hashlib
 import math
 import os
@@ -66,11 +67,16 @@ def provenance(args, device):
 def speed_up(net, device, precision="float32", compile=False):
     """Move `net` to `device`, channels last (1.13 x on a CPU); optional faster arithmetic.
 
-    bfloat16 is for the network alone (autocast): its output is float32 again, so the losses
-    are too. compile() works in place and leaves the checkpoint's keys as they are.
+    tf32 lets a GPU round the factors of a product to 10 bits (a CPU ignores it). bfloat16 is for
+    the network alone (autocast): its output is float32 again, so the losses are too. compile()
+    works in place and leaves the checkpoint's keys as they are.
     """
     net.to(device, memory_format=torch.channels_last)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = (
+        precision != "float32")
     if precision == "bfloat16":
+        if device.type == "cpu":
+            warn_of_slow_bfloat16()
         forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
         net.forward = lambda x: forward(x).float()
     if compile:
@@ -78,11 +84,55 @@ def speed_up(net, device, precision="float32", compile=False):
     return net
 
 
+@functools.cache
+def warn_of_slow_bfloat16():
+    """Once: a CPU without AVX512-BF16 (or its like) computes bfloat16 20 times slower."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        print("warning: this CPU has no bfloat16 arithmetic, --precision bfloat16 is about 20 "
+              "times slower here than float32", file=sys.stderr)
+
+
 def make_optimizer(name, parameters, lr):
-    """The optimiser of `--optimizer` and `--d-optimizer`."""
+    """The optimiser of `--optimizer` and `--d-optimizer`; on a GPU one kernel for all weights."""
+    parameters = list(parameters)
+    fused = parameters[0].device.type == "cuda"
     if name == "adam":
-        return torch.optim.Adam(parameters, lr)
-    return torch.optim.SGD(parameters, lr, momentum=0.9 if name == "momentum" else 0)
+        return torch.optim.Adam(parameters, lr, fused=fused)
+    return torch.optim.SGD(parameters, lr, momentum=0.9 if name == "momentum" else 0, fused=fused)
+
+
+def keep_on(device, images, other_images):
+    """Two sets of uint8 images, on a GPU if they fill at most half of its free memory: a batch
+    is then cut out there, and no step waits for a copy. Says where they are if not."""
+    size = images.nbytes + other_images.nbytes
+    if device.type != "cuda":
+        return images, other_images
+    free = torch.cuda.mem_get_info(device)[0]
+    if size > free / 2:
+        print(f"the images ({size / 1e9:.1f} GB) stay in main memory: the GPU has "
+              f"{free / 1e9:.1f} GB free")
+        return images, other_images
+    return images.to(device), other_images.to(device)
+
+
+def pick(images, n, random, device):
+    """n random images of uint8 [N, 3, H, W] as network input on `device`; `random`: a generator
+    on the CPU, so that the choice is the same on every device."""
+    index = torch.randint(len(images), (n,), generator=random)
+    return to_float(images[index.to(images.device, non_blocking=True)].to(device))
+
+
+def read_every(device):
+    """How many steps' losses a training loop leaves unread on the device: reading one makes the
+    host wait for a GPU; a CPU has them anyway."""
+    return 1 if device.type == "cpu" else 20
+
+
+def read(pending):
+    """Empty a list of rows (tensors of scalars on one device) into lists of floats."""
+    rows = torch.stack(pending).tolist() if pending else []
+    pending.clear()
+    return rows
 
 
 def to_float(images):

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from models import (Discriminator, Refiner, announce, load_inception, make_optimizer,
-                    patch_loss, pick_device, rebuild, resume_or_start, same_settings,
-                    save_checkpoint, sha256, speed_up, stop_requests, to_float, to_uint8)
+from models import (Discriminator, Refiner, announce, keep_on, load_inception, make_optimizer,
+                    patch_loss, pick, pick_device, read, read_every, rebuild, resume_or_start,
+                    same_settings, save_checkpoint, sha256, speed_up, stop_requests, to_float, to_uint8)
 from prepare import (UserError, load_images, lock, parser, positive, progress, save_grid, start,
                      write_text)
 
@@ -48,7 +48,7 @@ def update_R(R, optimizer, x, psi):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return loss.item(), change.item()
+    return torch.stack([loss, change]).detach()
 
 
 def update_D(D, optimizer, x, y):
@@ -62,7 +62,7 @@ def update_D(D, optimizer, x, y):
     loss.backward()
     optimizer.step()
     right = torch.cat([logits_x.argmax(1) == 1, logits_y.argmax(1) == 0])
-    return loss.item(), right.float().mean().item()
+    return torch.stack([loss, right.float().mean()]).detach()
 
 
 class Run:
@@ -88,8 +88,16 @@ class Run:
 
     def batch(self, images):
         """A random batch of uint8 [N, 3, H, W] as network input."""
-        index = torch.randint(len(images), (self.args.batch_size,), generator=self.random)
-        return to_float(images[index].to(self.device))
+        return pick(images, self.args.batch_size, self.random, self.device)
+
+    def take(self, rows, folder):
+        """Append rows to the log; stop before a loss that is not a number can be saved."""
+        for row in rows:
+            self.log.append(row)
+            if not math.isfinite(row[0]):
+                raise UserError(f"step {len(self.log)}: the loss is {row[0]}; the last good "
+                                f"state is {folder / 'pretrain.pt'}, if any was saved; try a "
+                                "smaller --lr or --d-lr")
 
     def save(self, settings, finished):
         """Write pretrain.csv and pretrain.pt, each one whole."""
@@ -125,7 +133,7 @@ def arguments():
     p.add_argument("--d-optimizer", choices=["adam", "momentum", "sgd"], default="momentum",
                    help="of D")
     p.add_argument("--final-relu", action="store_true", help="(paper) last ReLU of Table 1")
-    p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
+    p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32",
                    help="of the networks; losses are float32")
     p.add_argument("--save-every", type=positive(int), default=200, help="steps")
     p.add_argument("--resume", action="store_true", help="go on with a stopped run")
@@ -170,26 +178,26 @@ def main():
     lock(args.run)
     run = Run(args, device, state)
 
-    stop, total = stop_requests(), args.steps + args.d_steps
+    synthetic, real = keep_on(device, synthetic, real)
+    stop, total, pending = stop_requests(), args.steps + args.d_steps, []
     bar = progress(total=total, initial=run.step, unit="step", desc=f"pretrain {args.method}")
     while run.step < total:
         if run.step < args.steps:
-            loss, meaning = update_R(run.R, run.optimizer_R, run.batch(synthetic), psi)
-            text = f"R loss {loss:.4f} |R(x)-x| {meaning:.3f}"
+            values = update_R(run.R, run.optimizer_R, run.batch(synthetic), psi)
+            text = "R loss {:.4f} |R(x)-x| {:.3f}"
         else:
-            loss, meaning = update_D(run.D, run.optimizer_D, run.batch(synthetic),
-                                     run.batch(real))
-            text = f"D loss {loss:.3f} accuracy {meaning:.2f}"
+            values = update_D(run.D, run.optimizer_D, run.batch(synthetic), run.batch(real))
+            text = "D loss {:.3f} accuracy {:.2f}"
+        pending.append(values)
         run.step += 1
-        if not math.isfinite(loss):
-            raise UserError(f"step {run.step}: the loss is {loss}; the last good state is {path},"
-                            " if any was saved; try a smaller --lr or --d-lr")
-        run.log.append([loss, meaning])
-        bar.set_postfix_str(text, refresh=False)
         bar.update()
-        if run.step % args.save_every == 0 or run.step == total or stop:
+        save = run.step % args.save_every == 0 or run.step == total or bool(stop)
+        if save or run.step % read_every(device) == 0:
+            run.take(read(pending), args.run)
+            bar.set_postfix_str(text.format(*run.log[-1]), refresh=False)
+        if save:
             run.save(settings, run.step == total)
-        if stop:
+        if save and stop:                       # not if it came after the save
             raise KeyboardInterrupt(f"at step {run.step} of {total}, saved in {args.run}")
     bar.close()
     summarise(run, to_float(synthetic[:6].to(device)))

@@ -210,7 +210,7 @@ def arguments():
     p.add_argument("--seeds", type=natural, nargs="+", default=[0], help="one training each")
     p.add_argument("--backbone-weights", default="none",
                    help="of DeepLabV3+'s ResNet-50: none, imagenet (downloaded) or a file")
-    p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
+    p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32",
                    help="of the networks; losses are float32")
     args = p.parse_args()
     if args.batch_size < 2:

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from models import (Discriminator, Refiner, announce, load_checkpoint, make_optimizer,
-                    patch_loss, pick_device, rebuild, resume_or_start, same_settings,
-                    save_checkpoint, sha256, speed_up, ssim, stop_requests, to_float, to_uint8)
+from models import (Discriminator, Refiner, announce, keep_on, load_checkpoint, make_optimizer,
+                    patch_loss, pick, pick_device, read, read_every, rebuild, resume_or_start,
+                    same_settings, save_checkpoint, sha256, speed_up, ssim, stop_requests, to_float, to_uint8)
 from prepare import (UserError, load_images, lock, parser, positive, progress, save_grid, start,
                      whole, write_text)
 
@@ -58,12 +58,12 @@ class History:
         if not len(rest) or not self.capacity:
             return
         places = torch.randperm(len(self), generator=self.random)[:len(rest)]
-        self.images[places.to(images.device)] = rest[:len(places)]
+        self.images[places.to(images.device, non_blocking=True)] = rest[:len(places)]
 
     def sample(self, n):
         """n random images of it, uint8 [n, 3, H, W]."""
         index = torch.randint(len(self), (n,), generator=self.random)
-        return self.images[index.to(self.images.device)]
+        return self.images[index.to(self.images.device, non_blocking=True)]
 
 
 def score(rows):
@@ -134,6 +134,20 @@ def update_D(R, D, optimizer, x, y, history, n_old):
             (logits_refined.argmax(1) == REFINED).float().mean())
 
 
+def gan_step(run, synthetic, real):
+    """One step of section 3.3: twice R, then once D; images uint8 [N, 3, H, W]. Returns the
+    first columns of the log as a tensor: reading numbers here would make the host wait."""
+    args, n = run.args, run.args.batch_size
+    for _ in range(2):
+        adv, rec, change = update_R(run.R, run.D, run.optimizer_R, run.batch(synthetic, n),
+                                    args.alpha, args.beta, args.rec_batch)
+    n_old = n // 2 if args.history else 0                     # of D's refined batch
+    d_values = update_D(run.R, run.D, run.optimizer_D, run.batch(synthetic, n - n_old),
+                        run.batch(real, n), run.history, n_old)
+    run.step += 1
+    return torch.stack([adv, rec, *d_values, change, torch.full_like(adv, len(run.history))])
+
+
 # ------------------------------------------------------------------------------ the pictures
 
 
@@ -148,12 +162,14 @@ def sample(R, pairs, path, device):
     return ssim(refined, pairs[1]).mean().item()
 
 
-def check_finite(row, step, folder):
-    """Stop before a loss that is not a number can be saved; the last good state stays."""
-    for name, value in zip(COLUMNS[:7], row):
-        if not math.isfinite(value):
-            raise UserError(f"step {step}: {name} is {value}; the last good state is "
-                            f"{folder / 'last.pt'}, if any was saved; try a smaller --lr")
+def check_finite(rows, step, folder):
+    """Stop before a loss that is not a number can be saved; the last good state stays.
+    rows: new ones of the log, of which the first belongs to `step`."""
+    for i, row in enumerate(rows):
+        for name, value in zip(COLUMNS[:7], row):
+            if not math.isfinite(value):
+                raise UserError(f"step {step + i}: {name} is {value}; the last good state is "
+                                f"{folder / 'last.pt'}, if any was saved; try a smaller --lr")
 
 
 def draw_curves(path, log, sample_every, best):
@@ -214,8 +230,13 @@ class Run:
 
     def batch(self, images, n):
         """n random images of uint8 [N, 3, H, W] as network input."""
-        index = torch.randint(len(images), (n,), generator=self.random)
-        return to_float(images[index].to(self.device))
+        return pick(images, n, self.random, self.device)
+
+    def take(self, rows, seconds):
+        """Append rows of `gan_step` to the log; they took `seconds` together."""
+        check_finite(rows, len(self.log) + 1, self.args.run)
+        rate = len(rows) * self.args.batch_size / seconds
+        self.log += [[*row, rate, math.nan] for row in rows]
 
     def judge(self, window):
         """Keep R if the log rows of `window` score higher than all before."""
@@ -263,7 +284,7 @@ def arguments():
     p.add_argument("--save-every", type=positive(int), default=500, help="steps")
     p.add_argument("--sample-every", type=positive(int), default=100,
                    help="steps between pictures, SSIM and a look for the best step")
-    p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
+    p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32",
                    help="of the networks; losses are float32")
     p.add_argument("--compile", action="store_true", help="torch.compile both networks")
     p.add_argument("--resume", action="store_true", help="go on with a stopped run")
@@ -302,40 +323,35 @@ def main():
                     images=sha256(synthetic, real)[:16])
     same_settings(args.run / "last.pt", state["settings"] if state else settings, settings)
     run = Run(args, device, state or pretrained)
-    R, D, n = run.R, run.D, args.batch_size
-    n_old = n // 2 if args.history else 0                     # of D's refined batch
+    synthetic, real = keep_on(device, synthetic, real)
     if not run.step:                                          # the history is never empty
         with torch.no_grad():
-            run.history.add(to_uint8(R(run.batch(synthetic, n))))
+            run.history.add(to_uint8(run.R(run.batch(synthetic, args.batch_size))))
 
     warm_up = min(WARM_UP, args.steps // 2)
-    stop, said, clock = stop_requests(), set(), time.perf_counter()
+    stop, said, pending, clock = stop_requests(), set(), [], time.perf_counter()
     bar = progress(total=args.steps, initial=run.step, unit="step", desc=f"GAN {args.method}")
     while run.step < args.steps:
-        for _ in range(2):
-            r_values = update_R(R, D, run.optimizer_R, run.batch(synthetic, n), args.alpha,
-                                args.beta, args.rec_batch)
-        d_values = update_D(R, D, run.optimizer_D, run.batch(synthetic, n - n_old),
-                            run.batch(real, n), run.history, n_old)
-        adv, rec, change, *d_values = torch.stack([*r_values, *d_values]).tolist()
-        run.step += 1
-        now = time.perf_counter()
-        run.log.append([adv, rec, *d_values, change, len(run.history), n / (now - clock),
-                        math.nan])
-        clock = now
-        check_finite(run.log[-1], run.step, args.run)
-        bar.set_postfix_str(f"adv {adv:.2f} |R(x)-x| {change:.3f} D real {d_values[0]:.2f} "
-                            f"refined {d_values[1]:.2f}", refresh=False)
+        pending.append(gan_step(run, synthetic, real))
         bar.update()
-        if run.step % args.sample_every == 0 or run.step == args.steps:
-            run.log[-1][-1] = sample(R, pairs, args.run / f"samples/step_{run.step:06d}.png",
+        look, last = run.step % args.sample_every == 0, run.step == args.steps
+        save = run.step % args.save_every == 0 or last or bool(stop)
+        if look or save or run.step % read_every(device) == 0:
+            rows, now = read(pending), time.perf_counter()
+            run.take(rows, now - clock)
+            clock = now
+            adv, _, d_real, d_refined, _, _, change, _ = rows[-1]
+            bar.set_postfix_str(f"adv {adv:.2f} |R(x)-x| {change:.3f} D real {d_real:.2f} "
+                                f"refined {d_refined:.2f}", refresh=False)
+        if look or last:
+            run.log[-1][-1] = sample(run.R, pairs, args.run / f"samples/step_{run.step:06d}.png",
                                      device)
             watch(run.log[-args.sample_every:], run.step, said)
             if run.step > warm_up:
                 run.judge(run.log[-args.sample_every:])
-        if run.step % args.save_every == 0 or run.step == args.steps or stop:
+        if save:
             run.save(settings)
-        if stop:
+        if save and stop:                       # not if it came after the save
             raise KeyboardInterrupt(f"at step {run.step} of {args.steps}, saved in {args.run}")
     bar.close()
     draw_curves(args.run / "curves.png", run.log, args.sample_every, run.best["step"])

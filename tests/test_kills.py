@@ -19,6 +19,7 @@ from prepare import UserError
 GAN = ["--steps", 10, "--batch-size", 2, "--sample-every", 2, "--save-every", 1]
 PRETRAIN = ["--method", "simgan", "--steps", 10, "--d-steps", 6, "--batch-size", 2,
             "--save-every", 1, "--inception", "random"]
+RARELY = ["--save-every", 4]
 
 
 def equal(a, b):
@@ -203,26 +204,51 @@ def test_resume_refuses_another_pre_training_and_other_images(fresh):
 # ------------------------------------------------------------------- losses that are no numbers
 
 
+def run_here(monkeypatch, folder, script, flags, every):
+    """A script's main() in this process, its losses read every `every` steps, as on a GPU."""
+    module = __import__(script)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, flags)])
+    monkeypatch.setattr(module, "stop_requests", list)         # leave pytest's signals alone
+    monkeypatch.setattr(module, "read_every", lambda device: every)
+    module.main()
+
+
+@pytest.mark.parametrize("every", [1, 20])
 @pytest.mark.parametrize("script, term", [("train_gan", "loss_adv"), ("pretrain", "loss")])
-def test_a_loss_that_is_no_number_keeps_the_last_good_state(fresh, script, term, monkeypatch):
+def test_a_loss_that_is_no_number_keeps_the_last_good_state(fresh, script, term, every,
+                                                            monkeypatch):
     """Step 5 gives nan: the line says which step and term; the state of step 4 is kept."""
     module = __import__(script)
     honest, calls = module.update_R, []
 
     def update(*args):
         calls.append(1)
-        first, *rest = honest(*args)
-        nan_at = 10 if script == "train_gan" else 5            # the GAN updates R twice a step
-        return (first * float("nan") if len(calls) == nan_at else first, *rest)
+        values = honest(*args)
+        if len(calls) == (10 if script == "train_gan" else 5):   # the GAN updates R twice a step
+            values[0].mul_(torch.nan)
+        return values
     monkeypatch.setattr(module, "update_R", update)
-    monkeypatch.chdir(fresh)
-    flags = GAN if script == "train_gan" else PRETRAIN + ["--run", "runs/nan"]
-    monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, flags)])
-    monkeypatch.setattr(module, "stop_requests", list)         # leave pytest's signals alone
+    flags = (GAN if script == "train_gan" else PRETRAIN + ["--run", "runs/nan"]) + RARELY
     with pytest.raises(UserError, match=f"step 5: .*{term}.* nan.*(last|pretrain).pt"):
-        module.main()
+        run_here(monkeypatch, fresh, script, flags, every)
     path = fresh / ("runs/ours/last.pt" if script == "train_gan" else "runs/nan/pretrain.pt")
     assert load_checkpoint(path, ["gan", "pretrain"], "")["step"] == 4
+
+
+def test_losses_that_are_read_late_are_the_same(fresh, monkeypatch):
+    """On a GPU the losses of many steps are read at once; no row of the log may differ."""
+    logs = []
+    for every in (1, 20):
+        run_here(monkeypatch, fresh, "pretrain", PRETRAIN + RARELY + ["--overwrite"], every)
+        run_here(monkeypatch, fresh, "train_gan", GAN + RARELY + ["--overwrite"], every)
+        logs.append([load_checkpoint(fresh / f"runs/ours/{name}.pt", [stage], "")["log"]
+                     for name, stage in (("pretrain", "pretrain"), ("last", "gan"))])
+    speed = train_gan.COLUMNS.index("images_per_s")
+    (pretrain_1, gan_1), (pretrain_20, gan_20) = logs
+    assert pretrain_1 == pretrain_20 and len(gan_1) == len(gan_20)
+    for a, b in zip(gan_1, gan_20):
+        assert str(a[:speed]) == str(b[:speed]) and str(a[speed + 1:]) == str(b[speed + 1:])
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
