@@ -1,5 +1,6 @@
 # make demo                                  toy town, all six stages, both methods; no network
 # make test                                  the tests
+# make bench                                 how fast it is here: results/bench.{md,json}
 # make paper GTA5=~/gtav CITYSCAPES=~/cs     the paper, all stages, both methods and networks
 # make clean-demo                            remove demo/
 # make stages BASE=... PREPARE=... ...       the chain with settings of your own
@@ -10,11 +11,14 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test paper stages clean-demo
+.PHONY: demo test bench paper stages clean-demo
 .DELETE_ON_ERROR:
 
 test: .venv/installed
 	$(PY) -m pytest -q tests
+
+bench: .venv/installed
+	$(PY) bench.py --json results/bench.json
 
 # ---------------------------------------------------------------------------- settings
 

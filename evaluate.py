@@ -236,6 +236,8 @@ def main():
     features = {d: inception_features(net, x, device, progress=lambda batches: progress(
         batches, desc=f"Inception features of {d}", unit="batch"))
         for d, x in {**images, "real": real}.items()}
+    if device.type == "cuda" and n >= 2000:          # eigenvalues of 2048 x 2048: for a GPU
+        features = {d: f.to(device) for d, f in features.items()}
     rows = {d: score(x, features[d], real, features["real"], device) for d, x in images.items()}
     rows[CONTROL] = score(flat, None, real, None, device)
     pairs = [(d, next(iter(rows))) for d in rows][1:] + [("ours", "simgan")]
