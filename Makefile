@@ -76,7 +76,11 @@ $(STAMPS)/refine-pretrained: $(STAMPS)/pretrain-ours
 	  --out $(DATA)/pretrained
 	@touch $@
 
-REFINED := $(addprefix $(STAMPS)/refine-,pretrained ours simgan)
+$(STAMPS)/refine-colour: $(STAMPS)/prepare
+	$(PY) refine.py --method colour --data $(DATA)/synthetic --out $(DATA)/colour
+	@touch $@
+
+REFINED := $(addprefix $(STAMPS)/refine-,colour pretrained ours simgan)
 
 $(STAMPS)/evaluate: $(REFINED)
 	$(PY) evaluate.py --data $(DATA) --out $(BASE)results --inception $(INCEPTION)

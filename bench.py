@@ -38,9 +38,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import pretrain
 import segment
 import train_gan
-from models import (Discriminator, Refiner, announce, fid, inception_features, load_inception,
-                    make_optimizer, patch_loss, pick, pick_device, provenance, speed_up, ssim,
-                    to_float, to_uint8)
+from models import (Discriminator, Refiner, announce, fid, inception_features, learning_layout,
+                    load_inception, make_optimizer, patch_loss, pick, pick_device, provenance,
+                    speed_up, ssim, to_float, to_uint8)
 from prepare import parser, positive, start, write_text
 
 
@@ -185,7 +185,8 @@ def images(n, size, device="cpu"):
 def gan_step(size, n, device, precision="float32", compile=False):
     """One step of train_gan.py (two updates of R, one of D) as a function without arguments."""
     torch.manual_seed(0)
-    R, D = (speed_up(net, device, precision, compile) for net in (Refiner(), Discriminator()))
+    R, D = (speed_up(net, device, precision, compile, learning_layout(device))
+            for net in (Refiner(), Discriminator()))
     random = torch.Generator().manual_seed(0)
     run = SimpleNamespace(
         R=R, D=D, step=0, optimizer_R=make_optimizer("sgd", R.parameters(), 1e-4),
@@ -208,15 +209,14 @@ def straightforward_step(size, n, device):
     return lambda: plain_step(R, D, optimizers, (x, x, x[:max(n // 2, 1)], x), history)
 
 
-def convolution(size, n, device, dtype=torch.float32):
+def convolution(size, n, device):
     """The floor: a 4x4 convolution of 64 maps to 64 of H x W, forward and backward. Returns the
     function and its FLOP."""
-    x = torch.randn(n, 64, size[0] + 3, size[1] + 3, device=device, dtype=dtype,
-                    requires_grad=True)
-    x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
-    conv = nn.Conv2d(64, 64, 4).to(device, dtype, memory_format=torch.channels_last)
-    grad = torch.randn(n, 64, *size, device=device, dtype=dtype).to(
-        memory_format=torch.channels_last)
+    layout = learning_layout(device)
+    x, grad = (torch.randn(n, 64, size[0] + k, size[1] + k, device=device).to(
+        memory_format=layout) for k in (3, 0))
+    conv = nn.Conv2d(64, 64, 4).to(device, memory_format=layout)
+    x.requires_grad_()
     return (lambda: conv(x).backward(grad)), 3 * 2 * n * 64 * 64 * 16 * size[0] * size[1]
 
 
@@ -249,7 +249,8 @@ def bench_gan(table, args):
 def bench_pretrain(table, args):
     """A step of pretrain.py for R (both methods) and for D, against a GAN step."""
     size, n, device = args.size, args.batch_size, table.device
-    R, D = speed_up(Refiner(), device), speed_up(Discriminator(), device)
+    R, D = (speed_up(net, device, layout=learning_layout(device))
+            for net in (Refiner(), Discriminator()))
     x = images(n, size, device)
     psi = load_inception("random", "Conv2d_4a_3x3", x.cpu()).to(device)
     adam = make_optimizer("adam", R.parameters(), 1e-4)

@@ -1,6 +1,6 @@
 """Stage 5: Table 2. How far is each kind of image from real ones, and how sure is that?
 
-Reads   data/{synthetic,pretrained,simgan,ours,...}/test and data/real (images only)
+Reads   data/{synthetic,colour,pretrained,simgan,ours,...}/test and data/real (images only)
 Writes  results/table2.md    FID, KID and SSIM against real, next to the paper's figures; the
                              differences between the rows; FID and KID of fewer images
         results/table2.json  the same with N, weights and their hash, resize, pairing, versions
@@ -24,7 +24,7 @@ from models import (announce, fid, inception_features, jackknife_error, kid, lea
 from prepare import (UserError, load_images, names, natural, parser, positive, progress, start,
                      writable, write_text)
 
-ROWS = ["synthetic", "pretrained", "simgan", "ours"]
+ROWS = ["synthetic", "colour", "pretrained", "simgan", "ours"]
 FLOOR = "real, other frames (the floor)"
 CONTROL = "one flat colour (control)"
 PAPER = {"synthetic": (60.82, 0.0023), "pretrained": (56.89, 0.0025),         # Table 2
@@ -240,7 +240,7 @@ def main():
         features = {d: f.to(device) for d, f in features.items()}
     rows = {d: score(x, features[d], real, features["real"], device) for d, x in images.items()}
     rows[CONTROL] = score(flat, None, real, None, device)
-    pairs = [(d, next(iter(rows))) for d in rows][1:] + [("ours", "simgan")]
+    pairs = [(d, next(iter(rows))) for d in rows][1:] + [("ours", "simgan"), ("ours", "colour")]
     report({
         **provenance(args, device), "label": label, "weights_sha256": weights,
         "resize": "bilinear to 299 x 299, align_corners=False, no antialias", "n": n,

@@ -64,14 +64,21 @@ def provenance(args, device):
                          "pillow": PIL.__version__}}
 
 
-def speed_up(net, device, precision="float32", compile=False):
+def learning_layout(device):
+    """The memory order in which R and D learn fastest: channels last, but not on a CPU without
+    AVX-512, whose gradient of 4x4 weights is slow there (a GAN step takes 1.2 to 1.4 x)."""
+    narrow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return torch.contiguous_format if narrow else torch.channels_last
+
+
+def speed_up(net, device, precision="float32", compile=False, layout=torch.channels_last):
     """Move `net` to `device`, channels last (1.13 x on a CPU); optional faster arithmetic.
 
     tf32 lets a GPU round the factors of a product to 10 bits (a CPU ignores it). bfloat16 is for
     the network alone (autocast): its output is float32 again, so the losses are too. compile()
     works in place and leaves the checkpoint's keys as they are.
     """
-    net.to(device, memory_format=torch.channels_last)
+    net.to(device, memory_format=layout)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = (
         precision != "float32")
     if precision == "bfloat16":

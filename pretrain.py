@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from models import (Discriminator, Refiner, announce, keep_on, load_inception, make_optimizer,
-                    patch_loss, pick, pick_device, read, read_every, rebuild, resume_or_start,
-                    same_settings, save_checkpoint, sha256, speed_up, stop_requests, to_float, to_uint8)
+from models import (Discriminator, Refiner, announce, keep_on, learning_layout, load_inception,
+                    make_optimizer, patch_loss, pick, pick_device, read, read_every, rebuild,
+                    resume_or_start, same_settings, save_checkpoint, sha256, speed_up,
+                    stop_requests, to_float, to_uint8)
 from prepare import (UserError, load_images, lock, parser, positive, progress, save_grid, start,
                      write_text)
 
@@ -74,8 +75,8 @@ class Run:
         R = rebuild(Refiner, state, "refiner", args.run) if state else Refiner()
         D = rebuild(Discriminator, state, "discriminator", args.run) if state else \
             Discriminator(args.final_relu)
-        self.R = speed_up(R, device, args.precision)
-        self.D = speed_up(D, device, args.precision)
+        self.R, self.D = (speed_up(net, device, args.precision, layout=learning_layout(device))
+                          for net in (R, D))
         self.optimizer_R = make_optimizer(args.optimizer, self.R.parameters(), args.lr)
         self.optimizer_D = make_optimizer(args.d_optimizer, self.D.parameters(), args.d_lr)
         self.random = torch.Generator().manual_seed(args.seed)   # the batches

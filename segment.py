@@ -1,10 +1,10 @@
 """Stage 6: Tables 3-6. Which images make the better training set for segmentation?
 
-Trains each network on each domain (synthetic, simgan, ours, real) and tests it on each. The
-four trainings of a network differ in their data only: same number of images, epochs, learning
+Trains each network on each domain (synthetic, colour, simgan, ours, real) and tests it on each.
+The trainings of a network differ in their data only: same number of images, epochs, learning
 rate and seed, so the same initial weights and the same order.
 
-Reads   data/{synthetic,simgan,ours,real}/{train,test}/{images,labels}
+Reads   data/{synthetic,colour,simgan,ours,real}/{train,test}/{images,labels}
 Writes  results/segment_NETWORK.md    full matrices of mIoU and pixel accuracy, per-class IoU
         results/segment_NETWORK.json  every confusion matrix, settings, versions
         results/table7.png            what each training set taught, on a real test image
@@ -27,7 +27,7 @@ from models import (DeepLabV3Plus, UNet, announce, jackknife_error, leave_out, l
 from prepare import (CLASSES, IGNORE, PALETTE, UserError, load_images, load_labels, natural,
                      parser, positive, progress, save_grid, start, writable, write_text)
 
-DOMAINS = ["synthetic", "simgan", "ours", "real"]
+DOMAINS = ["synthetic", "colour", "simgan", "ours", "real"]
 NETWORKS = ["unet", "deeplabv3plus"]
 TITLE = {"unet": "U-Net", "deeplabv3plus": "DeepLabV3+"}
 # Tables 3-6: rows are training images, columns synthetic, refined, real. The paper's "refined"
@@ -137,7 +137,7 @@ def trained(network, domain, seed, data, args, device):
               "batch_size": args.batch_size, "lr": args.lr, "precision": args.precision,
               "backbone_weights": str(args.backbone_weights)}
     path = args.out / "weights" / f"{network}_{domain}_seed{seed}.pt"
-    torch.manual_seed(seed)                                   # equal for the four domains
+    torch.manual_seed(seed)                                   # equal for all domains
     net = speed_up(build(network, args.backbone_weights), device, args.precision)
     if path.is_file():
         state = load_tensors(path, "weights")
@@ -225,7 +225,7 @@ def main():
     announce("segment.py", device, args.seeds, f"{args.data}/*", f"{args.out}/segment_*, table7")
     domains = [d for d in DOMAINS if (args.data / d / "train").is_dir()]
     if "real" not in domains or len(domains) < 2:
-        raise UserError(f"{args.data}: needs real/ and at least one of {', '.join(DOMAINS[:3])}; "
+        raise UserError(f"{args.data}: needs real/ and at least one of {', '.join(DOMAINS[:4])}; "
                         "run prepare.py and refine.py first")
     for missing in [d for d in DOMAINS if d not in domains]:
         print(f"missing: {args.data / missing}/ (left out; refine.py makes it)")

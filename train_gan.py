@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from models import (Discriminator, Refiner, announce, keep_on, load_checkpoint, make_optimizer,
-                    patch_loss, pick, pick_device, read, read_every, rebuild, resume_or_start,
-                    same_settings, save_checkpoint, sha256, speed_up, ssim, stop_requests, to_float, to_uint8)
+from models import (Discriminator, Refiner, announce, keep_on, learning_layout, load_checkpoint,
+                    make_optimizer, patch_loss, pick, pick_device, read, read_every, rebuild,
+                    resume_or_start, same_settings, save_checkpoint, sha256, speed_up, ssim,
+                    stop_requests, to_float, to_uint8)
 from prepare import (UserError, load_images, lock, parser, positive, progress, save_grid, start,
                      whole, write_text)
 
@@ -213,8 +214,8 @@ class Run:
         self.args, self.device = args, device
         self.R = rebuild(Refiner, source, "refiner", args.run)
         self.D = rebuild(Discriminator, source, "discriminator", args.run)
-        speed_up(self.R, device, args.precision, args.compile)
-        speed_up(self.D, device, args.precision, args.compile)
+        for net in (self.R, self.D):
+            speed_up(net, device, args.precision, args.compile, learning_layout(device))
         self.optimizer_R = make_optimizer(args.optimizer, self.R.parameters(), args.lr)
         self.optimizer_D = make_optimizer(args.d_optimizer, self.D.parameters(), args.d_lr)
         self.random = torch.Generator().manual_seed(args.seed)   # the only source of randomness

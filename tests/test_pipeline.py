@@ -9,6 +9,8 @@ import torch
 from conftest import call, call_all
 from PIL import Image
 
+import refine
+from models import to_float
 from prepare import load_images, load_labels, names
 
 GAN = ["--steps", 3, "--batch-size", 4, "--sample-every", 3]
@@ -20,7 +22,7 @@ def finished(project, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("finished") / "project"
     shutil.copytree(project, cwd)
     call_all(*[["train_gan.py", "--method", m, *GAN] for m in ("ours", "simgan")], cwd=cwd)
-    call_all(*[["refine.py", "--method", m] for m in ("ours", "simgan")],
+    call_all(*[["refine.py", "--method", m] for m in ("ours", "simgan", "colour")],
              ["refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "data/pretrained"],
              cwd=cwd)
     (out, _), _ = call_all(
@@ -48,7 +50,7 @@ def test_the_two_methods_differ_only_in_the_pre_training_of_R(project):
                        simgan["discriminator"]["conv1.weight"])
 
 
-@pytest.mark.parametrize("domain", ["ours", "simgan", "pretrained"])
+@pytest.mark.parametrize("domain", ["ours", "simgan", "pretrained", "colour"])
 def test_refined_domains_keep_names_and_labels(finished, domain):
     for split in ("train", "test"):
         source, target = finished / "data/synthetic" / split, finished / "data" / domain / split
@@ -68,6 +70,18 @@ def test_refine_again_gives_the_same_bytes(finished):
     assert file.read_bytes() == before
 
 
+def test_colour_match_gives_the_other_sets_mean_and_deviation():
+    """Exactly, before rounding and clipping; the images keep their order and their content."""
+    random = torch.Generator().manual_seed(0)
+    a = torch.randint(100, 140, (4, 3, 8, 8), generator=random, dtype=torch.uint8)
+    b = torch.randint(0, 256, (6, 3, 8, 8), generator=random, dtype=torch.uint8)
+    matched, wanted = refine.ColourMatch(a, b)(to_float(a)), to_float(b)
+    for statistic in (torch.mean, torch.std):
+        torch.testing.assert_close(statistic(matched, (0, 2, 3)), statistic(wanted, (0, 2, 3)))
+    assert torch.equal(matched[0, 0].flatten().argsort(stable=True),
+                       to_float(a)[0, 0].flatten().argsort(stable=True))
+
+
 def test_refine_does_not_write_into_a_folder_of_others(finished):
     _, err = call("refine.py", "--out", "data/real", cwd=finished, status=2)
     assert "data/real" in err
@@ -75,10 +89,11 @@ def test_refine_does_not_write_into_a_folder_of_others(finished):
 
 def test_table2_is_complete_and_consistent(finished):
     table = json.loads((finished / "results/table2.json").read_text())
-    assert list(table["rows"])[:4] == ["synthetic", "pretrained", "simgan", "ours"]
-    assert len(table["rows"]) == 6 and table["n"] == 3
+    assert list(table["rows"])[:5] == ["synthetic", "colour", "pretrained", "simgan",
+                                       "ours"]
+    assert len(table["rows"]) == 7 and table["n"] == 3
     rows = {d: row["scores"] for d, row in table["rows"].items()}
-    for row in list(rows.values())[:5]:
+    for row in list(rows.values())[:6]:
         for key in ("fid", "kid", "ssim", "ssim_range1"):
             assert np.isfinite(row[key]["value"]) and row[key]["se"] >= 0
     assert table["differences"]["ours - synthetic"]["ssim"]["value"] == pytest.approx(
@@ -88,7 +103,7 @@ def test_table2_is_complete_and_consistent(finished):
 
 def test_segment_matrices_are_full_and_the_papers_cells_marked(finished):
     record = json.loads((finished / "results/segment_unet.json").read_text())
-    domains = ["synthetic", "simgan", "ours", "real"]
+    domains = ["synthetic", "colour", "simgan", "ours", "real"]
     assert record["domains"] == domains and record["seeds"] == [0, 1]
     assert record["images"] == 9                            # equal for all: the smallest has 9
     assert record["settings"]["epochs"] == 1 and "torch" in record["versions"]
@@ -109,12 +124,12 @@ def test_a_finished_cell_is_not_trained_again_but_a_changed_one_is(finished):
     flags = ["--network", "unet", "--batch-size", 4, "--seeds", 0]
     before = json.loads((finished / "results/segment_unet.json").read_text())["scores"]["0"]
     out, _ = call("segment.py", *flags, "--epochs", 1, cwd=finished)
-    assert out.count("trained before, not again") == 4
+    assert out.count("trained before, not again") == 5
     after = json.loads((finished / "results/segment_unet.json").read_text())["scores"]["0"]
     assert str(before) == str(after)                        # nan equals nan as text
     (finished / "results/weights/unet_real_seed0.pt").unlink()
     out, _ = call("segment.py", *flags, "--epochs", 1, cwd=finished)
-    assert out.count("trained before, not again") == 3
+    assert out.count("trained before, not again") == 4
     again = json.loads((finished / "results/segment_unet.json").read_text())["scores"]["0"]
     assert str(before) == str(again)                        # the same seed, the same network
     out, _ = call("segment.py", *flags, "--epochs", 2, cwd=finished)
