@@ -39,7 +39,7 @@ import pretrain
 import segment
 import train_gan
 from models import (Discriminator, Refiner, announce, fid, inception_features, learning_layout,
-                    load_inception, make_optimizer, patch_loss, pick, pick_device, provenance,
+                    load_inception, make_optimizer, patch_loss, pick_device, provenance,
                     speed_up, ssim, to_float, to_uint8)
 from prepare import parser, positive, start, write_text
 
@@ -185,15 +185,14 @@ def images(n, size, device="cpu"):
 def gan_step(size, n, device, precision="float32", compile=False):
     """One step of train_gan.py (two updates of R, one of D) as a function without arguments."""
     torch.manual_seed(0)
-    R, D = (speed_up(net, device, precision, compile, learning_layout(device))
-            for net in (Refiner(), Discriminator()))
-    random = torch.Generator().manual_seed(0)
-    run = SimpleNamespace(
-        R=R, D=D, step=0, optimizer_R=make_optimizer("sgd", R.parameters(), 1e-4),
-        optimizer_D=make_optimizer("momentum", D.parameters(), 1e-3),
-        history=train_gan.History(2 * n, random), batch=lambda x, n: pick(x, n, random, device),
-        args=SimpleNamespace(batch_size=n, alpha=50, beta=4e-6, rec_batch=512, history=100))
-    data = images(n, size, device)
+    args = SimpleNamespace(
+        run="bench", precision=precision, compile=compile, optimizer="sgd", lr=1e-4,
+        d_optimizer="momentum", d_lr=1e-3, seed=0, history=2, batch_size=n, alpha=50, beta=4e-6,
+        rec_batch=512, rec="l1")
+    source = {"stage": "pretrain"}
+    for name, net in (("refiner", Refiner()), ("discriminator", Discriminator())):
+        source |= {name: net.state_dict(), f"{name}_args": net.args}
+    run, data = train_gan.Run(args, device, source), images(n, size, device)
     run.history.add(data)
     return lambda: train_gan.gan_step(run, data, data)
 

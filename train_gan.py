@@ -96,16 +96,19 @@ def watch(rows, step, said):
 # --------------------------------------------------------------- the two updates, section 3.3
 
 
-def update_R(R, D, optimizer, x, alpha, beta, rec_batch):
+def update_R(R, D, optimizer, x, alpha, beta, rec_batch, rec="l1"):
     """One step of R on L_R with D fixed; x: synthetic images in [-1, 1], [N, 3, H, W].
 
+    rec: "l1" as in Eq 4; "l2", squares. Where all of a bright image must get darker, L1 has the
+    same slope for every result, and so does not mind if contrast is lost; squares do.
     Returns L_adv, L_rec and mean |R(x) - x|, three scalars.
     """
     D.requires_grad_(False)
     refined = R(x)                                                    # x' = R(x)
     loss_adv = patch_loss(D(refined), REAL)                           # Eq 3: -log(1 - D(x'))
     change = (refined - x).abs().mean()
-    loss_rec = rec_batch * VALUES * change                            # Eq 4: an L1 sum
+    distance = change if rec == "l1" else (refined - x).square().mean()
+    loss_rec = rec_batch * VALUES * distance                          # Eq 4: a sum
     loss_R = alpha * loss_adv + beta * loss_rec                       # Eq 2
     optimizer.zero_grad()
     loss_R.backward()
@@ -141,7 +144,7 @@ def gan_step(run, synthetic, real):
     args, n = run.args, run.args.batch_size
     for _ in range(2):
         adv, rec, change = update_R(run.R, run.D, run.optimizer_R, run.batch(synthetic, n),
-                                    args.alpha, args.beta, args.rec_batch)
+                                    args.alpha, args.beta, args.rec_batch, args.rec)
     n_old = n // 2 if args.history else 0                     # of D's refined batch
     d_values = update_D(run.R, run.D, run.optimizer_D, run.batch(synthetic, n - n_old),
                         run.batch(real, n), run.history, n_old)
@@ -278,6 +281,7 @@ def arguments():
     p.add_argument("--history", type=int, default=100, help="capacity in batches; 0: none")
     p.add_argument("--rec-batch", type=positive(int), default=512,
                    help="images over which L_rec is summed, whatever the batch size")
+    p.add_argument("--rec", choices=["l1", "l2"], default="l1", help="L_rec; (paper) l1")
     p.add_argument("--optimizer", choices=["adam", "momentum", "sgd"], default="sgd",
                    help="(paper) of R; momentum is SGD with 0.9")
     p.add_argument("--d-optimizer", choices=["adam", "momentum", "sgd"], default="momentum",

@@ -113,6 +113,16 @@ def test_losses_of_R_are_the_papers(players):
     assert change.item() == pytest.approx((refined - x).abs().mean().item(), rel=1e-5)
 
 
+def test_squares_in_place_of_L1(players):
+    """--rec l2: the sum of squares, in the same units; L_adv and the mean change are as before."""
+    R, D, x, _ = players
+    wanted = 512 / 4 * (R(x) - x).square().sum().item() * (80 * 160) / (24 * 48)
+    frozen = torch.optim.SGD(R.parameters(), 0.0)
+    l1, l2 = (train_gan.update_R(R, D, frozen, x, 50, 4e-6, 512, rec) for rec in ("l1", "l2"))
+    assert l2[1].item() == pytest.approx(wanted, rel=1e-5)
+    assert l1[0] == l2[0] and l1[2] == l2[2]
+
+
 @pytest.mark.parametrize("alpha, beta", [(50, 0), (0, 4e-6)])
 def test_alpha_and_beta_weigh_their_own_term(players, alpha, beta):
     """With the other term at weight 0, a few steps make this one smaller."""
