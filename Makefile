@@ -2,6 +2,7 @@
 # make test                                  the tests
 # make bench                                 how fast it is here: results/bench.{md,json}
 # make paper GTA5=~/gtav CITYSCAPES=~/cs     the paper, all stages, both methods and networks
+# make study GTA5=... CITYSCAPES=...         does it work? three seeds and the ablations
 # make clean-demo                            remove demo/
 # make stages BASE=... PREPARE=... ...       the chain with settings of your own
 #
@@ -11,7 +12,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test bench paper stages clean-demo
+.PHONY: demo test bench study paper stages clean-demo
 .DELETE_ON_ERROR:
 
 test: .venv/installed
@@ -39,12 +40,19 @@ paper: .venv/installed
 	$(MAKE) --no-print-directory stages BASE= \
 	  PREPARE="--gta5 $(GTA5) --cityscapes $(CITYSCAPES)" SEGMENT="--network both"
 
+study: .venv/installed
+	@test -n "$(GTA5)" -a -n "$(CITYSCAPES)" || { \
+	  echo "usage: make study GTA5=DIR CITYSCAPES=DIR [INCEPTION=imagenet|FILE]"; exit 2; }
+	$(PY) study.py --gta5 $(GTA5) --cityscapes $(CITYSCAPES) --inception $(INCEPTION)
+
 clean-demo:
 	rm -rf demo
 
 # ------------------------------------------------------------------ the chain of the stages
 
 INCEPTION ?= imagenet
+REFINE ?= colour pretrained ours simgan
+STEP ?= gan
 DATA := $(BASE)data
 RUNS := $(BASE)runs
 STAMPS := $(RUNS)/stamps
@@ -68,7 +76,7 @@ $(STAMPS)/gan-%: $(STAMPS)/pretrain-%
 	@touch $@
 
 $(STAMPS)/refine-%: $(STAMPS)/gan-%
-	$(PY) refine.py --checkpoint $(RUNS)/$*/gan.pt --data $(DATA)/synthetic --out $(DATA)/$*
+	$(PY) refine.py --checkpoint $(RUNS)/$*/$(STEP).pt --data $(DATA)/synthetic --out $(DATA)/$*
 	@touch $@
 
 $(STAMPS)/refine-pretrained: $(STAMPS)/pretrain-ours
@@ -80,7 +88,7 @@ $(STAMPS)/refine-colour: $(STAMPS)/prepare
 	$(PY) refine.py --method colour --data $(DATA)/synthetic --out $(DATA)/colour
 	@touch $@
 
-REFINED := $(addprefix $(STAMPS)/refine-,colour pretrained ours simgan)
+REFINED := $(addprefix $(STAMPS)/refine-,$(REFINE))
 
 $(STAMPS)/evaluate: $(REFINED)
 	$(PY) evaluate.py --data $(DATA) --out $(BASE)results --inception $(INCEPTION)

@@ -167,7 +167,7 @@ def matrix_table(network, metric, results, domains):
              "bold, its own figures in brackets", "",
              "| trained on \\ tested on | " + " | ".join(domains) + " |",
              "|---" * (len(domains) + 1) + "|"]
-    for row in domains:
+    for row in results[0]:
         cells = []
         for column in domains:
             text = mean_spread([r[row][column][metric] for r in results], digits)
@@ -180,8 +180,9 @@ def matrix_table(network, metric, results, domains):
     return "\n".join(lines) + "\n"
 
 
-def class_table(results, domains):
+def class_table(results):
     """IoU per class on real test images, by training domain; "-" where a class is absent."""
+    domains = list(results[0])
     lines = ["IoU per class, tested on real", "",
              "| class | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
     for i, name in enumerate(CLASSES):
@@ -204,6 +205,7 @@ def arguments():
     p.add_argument("--data", type=Path, default=Path("data"), help="what prepare.py made")
     p.add_argument("--out", type=Path, default=Path("results"), help="where tables go")
     p.add_argument("--network", choices=NETWORKS + ["both"], default="both", help="which")
+    p.add_argument("--train", choices=DOMAINS, nargs="+", help="only on these; tested on all")
     p.add_argument("--epochs", type=positive(int), default=30, help="passes over the data")
     p.add_argument("--batch-size", type=positive(int), default=16, help="images a batch")
     p.add_argument("--lr", type=positive(float), default=1e-3, help="at the start; cosine to 0")
@@ -229,6 +231,8 @@ def main():
                         "run prepare.py and refine.py first")
     for missing in [d for d in DOMAINS if d not in domains]:
         print(f"missing: {args.data / missing}/ (left out; refine.py makes it)")
+    for d in set(args.train or []) - set(domains):
+        raise UserError(f"--train {d}: {args.data / d} is not there; refine.py makes it")
     data = {(d, s): (load_images(args.data / d / s), load_labels(args.data / d / s))
             for d in domains for s in ("train", "test")}
     count = min(len(data[d, "train"][0]) for d in domains)
@@ -248,8 +252,8 @@ def main():
     for network in networks:
         matrices, results = {}, []
         for seed in args.seeds:
-            matrices[seed] = {d: {} for d in domains}
-            for d in domains:
+            matrices[seed] = {d: {} for d in args.train or domains}
+            for d in matrices[seed]:
                 chosen = [t[order[len(t)]] for t in data[d, "train"]]
                 net = trained(network, d, seed, chosen, args, device)
                 for other in domains:
@@ -279,15 +283,15 @@ def report(network, matrices, results, domains, count, args, device):
         f"### {TITLE[network]}: {count} training images, {args.epochs} epochs, batch "
         f"{args.batch_size}, lr {args.lr}, seeds {' '.join(map(str, args.seeds))}", "",
         matrix_table(network, "mIoU", results, domains),
-        matrix_table(network, "accuracy", results, domains), error_note(results, domains),
-        class_table(results, domains)])
+        matrix_table(network, "accuracy", results, domains), error_note(results),
+        class_table(results)])
     write_text(args.out / f"segment_{network}.md", text)
     print(text)
 
 
-def error_note(results, domains):
+def error_note(results):
     """One line: what ± is, and how much the choice of the test images alone can move a score."""
-    worst = [max(r[d]["real"][f"{m}_se"] for r in results for d in domains)
+    worst = [max(r[d]["real"][f"{m}_se"] for r in results for d in r)
              for m in ("mIoU", "accuracy")]
     seeds = ("One seed: nothing here says how much another seed would change (--seeds 0 1 2)."
              if len(results) == 1 else "± is the standard deviation over the seeds.")

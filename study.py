@@ -1,0 +1,225 @@
+"""The study: does refining help on real images, and what is each part of the method good for?
+
+Runs the whole chain (`make stages`) once per seed, R and D and the segmentation network anew each
+time, and once per ablation, in which one flag differs from seed 0. Then it reports over the seeds:
+mean and spread on real images, the share of the gap closed, the ablations.
+
+Reads   a GTA-V and a Cityscapes folder, as prepare.py does; what is finished is not run again
+Writes  study/NAME/          data, checkpoints, results of every run (large; not for git)
+        results/study/NAME/  the small results of every run: tables, logs, pictures
+        results/study/study.md, study.json   the report
+
+    python study.py --gta5 ~/gtav --cityscapes ~/cityscapes     about 6 hours on 2 cores
+    python study.py --gta5 ~/gtav --cityscapes ~/cityscapes --only seed1
+    python study.py --report                                    from results/study alone
+
+The scale is for 2 cores: 40 x 80 whole frames, batch 4, 150 GAN steps, U-Net, 10 epochs.
+"""
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import t as student
+
+from prepare import UserError, lock, natural, parser, start, write_text
+
+PREPARE = "--crop none --size 40 80"
+PRETRAIN = "--steps 200 --d-steps 60 --batch-size 8 --lr 2e-4 --d-optimizer adam --d-lr 1e-4"
+GAN = ("--steps 150 --batch-size 4 --sample-every 25 --save-every 25 --d-optimizer adam "
+       "--d-lr 1e-4 --rec l2 --beta 6e-6")
+SEGMENT = "--network unet --epochs 10"
+ABLATIONS = {"l1": "--rec l1 --beta 4e-6", "no-history": "--history 0", "beta0": "--beta 0",
+             "alpha0": "--alpha 0", "last-step": ""}
+SAYS = {"seed0": "ours, as in the study", "l1": "L1 as in Eq 4, not squares",
+        "no-history": "D sees no history", "beta0": "no L_rec (beta 0)",
+        "alpha0": "no adversarial term (alpha 0)", "last-step": "the last step, not the best",
+        "simgan": "no perceptual pre-training (SimGAN's L1)"}
+KEPT = ["results/*.md", "results/*.json", "results/table7.png", "runs/*/log.csv"]
+
+
+# ----------------------------------------------------------------------------------- the runs
+
+
+def run(name, args):
+    """One run of the chain under study/NAME; returns when its small results are kept."""
+    ablation = name in ABLATIONS
+    seed = 0 if ablation else int(name.removeprefix("seed"))
+    base = args.base / name
+    if ablation:
+        take_over(args.base / "seed0", base, whole_training=name == "last-step")
+    variables = {
+        "BASE": f"{base}/", "INCEPTION": args.inception,
+        "PREPARE": f"--gta5 {args.gta5} --cityscapes {args.cityscapes} {PREPARE}",
+        "PRETRAIN": f"--seed {seed} {PRETRAIN}",
+        "GAN": f"--seed {seed} {GAN} {ABLATIONS.get(name, '')}",
+        "SEGMENT": f"--seeds {seed} {SEGMENT}" + " --train ours" * ablation,
+        "REFINE": "ours" if ablation else "colour pretrained ours simgan",
+        "STEP": "last" if name == "last-step" else "gan"}
+    done = subprocess.run(["make", "-C", str(Path(__file__).resolve().parent),
+                           "--no-print-directory", "stages",
+                           *[f"{k}={v}" for k, v in variables.items()]])
+    if done.returncode:
+        raise UserError(f"{base}: the chain stopped (see above); the same command goes on")
+    keep(base, args.out / name)
+
+
+def take_over(source, base, whole_training):
+    """Start an ablation from the data and the pre-training of seed 0 (or all of its training)."""
+    stamps = base / "runs" / "stamps"
+    if stamps.is_dir():
+        return
+    if not (source / "runs/stamps/segment").is_file():
+        raise UserError(f"{source}: not finished; the ablations start from it (--only seed0)")
+    for domain in ("synthetic", "real"):
+        shutil.copytree(source / "data" / domain, base / "data" / domain, dirs_exist_ok=True)
+    files = ["pretrain.pt"] + ["last.pt", "gan.pt", "log.csv"] * whole_training
+    (base / "runs/ours").mkdir(parents=True, exist_ok=True)
+    for file in files:
+        shutil.copy(source / "runs/ours" / file, base / "runs/ours" / file)
+    stamps.mkdir()                                     # last: from here on nothing is copied
+    for stage in ["prepare", "pretrain-ours"] + ["gan-ours"] * whole_training:
+        (stamps / stage).touch()
+
+
+def keep(base, out):
+    """Copy the small results of a run, and the last picture of its samples."""
+    out.mkdir(parents=True, exist_ok=True)
+    for pattern in KEPT:
+        for file in base.glob(pattern):
+            method = f"{file.parent.name}_" if file.name == "log.csv" else ""
+            shutil.copy(file, out / f"{method}{file.name}")
+    pictures = sorted(base.glob("runs/ours/samples/*.png"))
+    if pictures:
+        shutil.copy(pictures[-1], out / "samples.png")
+
+
+# --------------------------------------------------------------------------------- the report
+
+
+def on_real(folder, network="unet"):
+    """{training domain: {"mIoU", "accuracy", "IoU"}} on real test images of one kept run."""
+    record = json.loads((folder / f"segment_{network}.json").read_text())
+    (by_domain,) = record["scores"].values()
+    return {domain: row["real"] for domain, row in by_domain.items()}
+
+
+def mean_and_interval(values):
+    """Mean, standard deviation and 95 % interval (Student's t) over seeds; one seed has none."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return {"mean": mean, "sd": None, "low": None, "high": None, "n": len(values)}
+    sd = float(np.std(values, ddof=1))
+    half = student.ppf(0.975, len(values) - 1) * sd / len(values) ** 0.5
+    return {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "n": len(values)}
+
+
+def gap_closed(runs, domain, metric):
+    """(domain - synthetic) / (real - synthetic) of each run, a percentage."""
+    return [100 * (r[domain][metric] - r["synthetic"][metric])
+            / (r["real"][metric] - r["synthetic"][metric]) for r in runs]
+
+
+def cell(found, digits):
+    """"0.123 ± 0.004", or without ± where there is one seed."""
+    text = f"{found['mean']:.{digits}f}"
+    return text if found["sd"] is None else f"{text} ± {found['sd']:.{digits}f}"
+
+
+def interval(found):
+    return "" if found["sd"] is None else f" [{found['low']:.0f}, {found['high']:.0f}]"
+
+
+def summary(runs):
+    """The table over the seeds: scores on real, and the share of the gap closed."""
+    domains = [d for d in ("synthetic", "colour", "simgan", "ours", "real")
+               if all(d in r for r in runs)]
+    record, lines = {}, [
+        "| trained on | mIoU on real | accuracy on real, % | gap closed, mIoU, % | gap closed, "
+        "accuracy, % |", "|---|---|---|---|---|"]
+    for d in domains:
+        row = {m: mean_and_interval([r[d][m] for r in runs]) for m in ("mIoU", "accuracy")}
+        row |= {f"gap_{m}": mean_and_interval(gap_closed(runs, d, m)) for m in row}
+        record[d] = row
+        gaps = ["-", "-"] if d in ("synthetic", "real") else [
+            f"{row[g]['mean']:.0f}{interval(row[g])}" for g in ("gap_mIoU", "gap_accuracy")]
+        lines.append(f"| {d} | {cell(row['mIoU'], 3)} | {cell(row['accuracy'], 1)} | "
+                     f"{gaps[0]} | {gaps[1]} |")
+    return record, "\n".join(lines)
+
+
+def ablations(out):
+    """One row each: seed 0's scores with one thing changed. SimGAN is the row without
+    perceptual pre-training."""
+    seed0 = on_real(out / "seed0")
+    rows = {"seed0": seed0["ours"], "simgan": seed0["simgan"]}
+    rows |= {name: on_real(out / name)["ours"] for name in ABLATIONS
+             if (out / name / "segment_unet.json").is_file()}
+    lines = ["| seed 0 | mIoU on real | accuracy on real, % |", "|---|---|---|"]
+    lines += [f"| {SAYS[name]} | {r['mIoU']:.3f} | {r['accuracy']:.1f} |"
+              for name, r in rows.items()]
+    return {n: {m: r[m] for m in ("mIoU", "accuracy")} for n, r in rows.items()}, "\n".join(lines)
+
+
+def report(out):
+    """results/study/study.{md,json} from the kept results; prints study.md."""
+    folders = sorted(p.parent for p in out.glob("seed*/segment_unet.json"))
+    if not folders:
+        raise UserError(f"{out}: no finished seed in it (seed*/segment_unet.json); run study.py "
+                        "without --report first")
+    over_seeds, table = summary([on_real(f) for f in folders])
+    record = {"seeds": [f.name for f in folders], "on_real": over_seeds}
+    text = (f"{len(folders)} seeds ({', '.join(f.name for f in folders)}): ± is the standard "
+            f"deviation over the seeds, [ ] a 95 % interval of their mean.\n\n{table}\n")
+    if (out / "seed0/segment_unet.json").is_file():
+        record["ablations"], table = ablations(out)
+        text += f"\n{table}\n"
+    write_text(out / "study.json", json.dumps(record, indent=1))
+    write_text(out / "study.md", text)
+    print(text)
+
+
+def arguments():
+    p = parser(__doc__)
+    p.add_argument("--gta5", type=Path, help="folder with images/ and labels/")
+    p.add_argument("--cityscapes", type=Path, help="folder with leftImg8bit/ and gtFine/")
+    p.add_argument("--inception", default="imagenet", help="imagenet, random or a file")
+    p.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="one run each")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="seedN, or an ablation: " +
+                   ", ".join(ABLATIONS))
+    p.add_argument("--base", type=Path, default=Path("study"), help="where the runs lie")
+    p.add_argument("--out", type=Path, default=Path("results/study"), help="the small results")
+    p.add_argument("--report", action="store_true", help="run nothing, report what is kept")
+    args = p.parse_args()
+    if not args.report and not (args.gta5 and args.cityscapes):
+        p.error("--gta5 and --cityscapes are needed, or --report")
+    names = [f"seed{s}" for s in args.seeds] + list(ABLATIONS)
+    for name in args.only or []:
+        if name not in ABLATIONS and not name.removeprefix("seed").isdecimal():
+            p.error(f"--only {name}: wanted seedN or one of {', '.join(ABLATIONS)}")
+    args.only = args.only or names
+    args.base = args.base.resolve()                            # make runs in its own folder
+    if args.inception not in ("imagenet", "random"):
+        args.inception = Path(args.inception).resolve()
+    for folder in () if args.report else ("gta5", "cityscapes"):
+        setattr(args, folder, getattr(args, folder).resolve())
+    return args
+
+
+def main():
+    args = arguments()
+    print(f"study.py: reads {args.out if args.report else args.base}/; writes {args.out}/",
+          flush=True)
+    if not args.report:
+        for folder in (args.gta5, args.cityscapes):
+            if not folder.is_dir():
+                raise UserError(f"{folder}: no such folder; --gta5 and --cityscapes name them")
+        for name in args.only:
+            lock(args.base / name)
+            run(name, args)
+    report(args.out)
+
+
+if __name__ == "__main__":
+    start(main)

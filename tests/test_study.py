@@ -1,0 +1,91 @@
+"""study.py: the report against closed forms, and that its commands are ones the stages take."""
+import importlib
+import json
+import shlex
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import call
+
+import study
+from prepare import UserError
+
+
+def keep(folder, scores):
+    """A kept run in which a network trained on each domain has these (mIoU, accuracy) on real."""
+    folder.mkdir(parents=True)
+    rows = {d: {"real": {"mIoU": m, "accuracy": a, "IoU": []}} for d, (m, a) in scores.items()}
+    (folder / "segment_unet.json").write_text(json.dumps({"scores": {"0": rows}}))
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """Two seeds: ours closes 50 and 70 % of the gap in mIoU, 25 and 25 % in accuracy."""
+    for name, ours in (("seed0", (0.15, 65.0)), ("seed1", (0.17, 65.0))):
+        keep(tmp_path / name, {"synthetic": (0.10, 60.0), "simgan": (0.10, 60.0), "ours": ours,
+                               "real": (0.20, 80.0)})
+    keep(tmp_path / "no-history", {"ours": (0.11, 61.0)})
+    return tmp_path
+
+
+def test_gap_closed_and_its_interval(kept):
+    out, _ = call("study.py", "--report", "--out", ".", cwd=kept)
+    record = json.loads((kept / "study.json").read_text())
+    gap = record["on_real"]["ours"]["gap_mIoU"]
+    assert gap["mean"] == pytest.approx(60) and gap["n"] == 2
+    # Student's t of one degree of freedom: 12.706; sd 14.14, so +- 127.06
+    assert gap["low"] == pytest.approx(60 - 127.06, abs=0.01)
+    assert record["on_real"]["ours"]["gap_accuracy"]["sd"] == pytest.approx(0, abs=1e-9)
+    assert record["on_real"]["real"]["gap_mIoU"]["mean"] == pytest.approx(100)
+    assert "| ours | 0.160 ± 0.014 | 65.0 ± 0.0 | 60 [-67, 187] | 25 [25, 25] |" in out
+    assert "| D sees no history | 0.110 | 61.0 |" in out and "beta 0" not in out
+    assert out.strip().endswith((kept / "study.md").read_text().strip())
+
+
+def test_one_seed_has_no_interval():
+    assert study.mean_and_interval([3.0]) == {"mean": 3.0, "sd": None, "low": None, "high": None,
+                                              "n": 1}
+
+
+def test_mistakes(tmp_path):
+    for flags, words in ((["--report", "--out", "."], "no finished seed"), ([], "--gta5"),
+                         (["--gta5", "no", "--cityscapes", "no"], "no such folder"),
+                         (["--report", "--only", "beta1"], "--only beta1")):
+        _, err = call("study.py", *flags, cwd=tmp_path, status=2)
+        assert words in err and "Traceback" not in err
+
+
+def parsed(monkeypatch, stage, flags):
+    """What the stage's own parser makes of the flags."""
+    monkeypatch.setattr(sys, "argv", [f"{stage}.py", *shlex.split(flags)])
+    return importlib.import_module(stage).arguments()
+
+
+@pytest.mark.parametrize("name", ["seed1", *study.ABLATIONS])
+def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
+    """make is asked once, with flags that parse; an ablation differs from seed 0 in one thing."""
+    asked = []
+    monkeypatch.setattr(study.subprocess, "run",
+                        lambda command: asked.append(command) or SimpleNamespace(returncode=0))
+    args = SimpleNamespace(base=tmp_path / "study", out=tmp_path / "out", gta5="g", cityscapes="c",
+                           inception="random")
+    if name in study.ABLATIONS:
+        with pytest.raises(UserError, match="seed0.*not finished"):
+            study.run(name, args)
+        runs = tmp_path / "study/seed0/runs"
+        for file in ("stamps/segment", "ours/pretrain.pt", "ours/last.pt", "ours/gan.pt",
+                     "ours/log.csv", "../data/synthetic/x", "../data/real/x"):
+            (runs / file).parent.mkdir(parents=True, exist_ok=True)
+            (runs / file).write_text(file)
+    study.run(name, args)
+    variables = dict(word.split("=", 1) for word in asked[0] if "=" in word)
+    gan = parsed(monkeypatch, "train_gan", variables["GAN"])
+    pretrain = parsed(monkeypatch, "pretrain", variables["PRETRAIN"])
+    segment = parsed(monkeypatch, "segment", variables["SEGMENT"])
+    parsed(monkeypatch, "prepare", variables["PREPARE"] + " --out data")
+    assert gan.seed == pretrain.seed == segment.seeds[0] == (1 if name == "seed1" else 0)
+    plain = parsed(monkeypatch, "train_gan", "--seed 0 " + study.GAN)
+    assert (vars(gan) == vars(plain)) == (name == "last-step")
+    assert (tmp_path / "study" / name / "runs/ours/last.pt").exists() == (name == "last-step")
+    assert segment.train == (None if name == "seed1" else ["ours"])
