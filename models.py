@@ -305,6 +305,7 @@ def load_inception(weights="imagenet", layer="pool3", images=None, seed=0):
     if layer not in names:
         raise UserError(f"--layer {layer}: Inception V3 has {', '.join(names)}")
     part = nn.Sequential(*list(net.children())[:names.index(layer) + 1])
+    part.to(memory_format=torch.channels_last)                # 1.5 x faster on a CPU
     if weights == "random":
         calibrate_batchnorm(part, images)
     if layer == "pool3":
@@ -320,7 +321,7 @@ def resize_299(images):
 
 @torch.no_grad()
 def calibrate_batchnorm(net, images):
-    """Set every BatchNorm to the statistics of 32 of `images` (uint8).
+    """Set every BatchNorm to the statistics of up to 16 of `images` (uint8).
 
     Without it a random net is flat; and images unlike those it was calibrated on come out
     enormous, since 94 layers each enlarge the difference: calibrate on all that you compare.
@@ -330,7 +331,7 @@ def calibrate_batchnorm(net, images):
             module.reset_running_stats()
             module.momentum = None                            # None: the plain average
     net.train()
-    net(resize_299(images[::-(-len(images) // 32)]))
+    net(resize_299(images[::-(-len(images) // 16)]))
     net.eval()
 
 
@@ -341,8 +342,7 @@ def inception_features(net, images, device, batch_size=None, progress=iter):
     `progress` wraps the loop over batches, tqdm for example. Raises UserError when a feature
     is not finite: the weights are damaged then.
     """
-    device = torch.device(device)
-    net = speed_up(net, device)                                # channels last: 1.5 x on a CPU
+    net, device = net.to(device), torch.device(device)
     batch_size = batch_size or (8 if device.type == "cpu" else 64)
     features = []
     for batch in progress(images.split(batch_size)):

@@ -238,17 +238,12 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(fresh, script, term,
 
 def test_losses_that_are_read_late_are_the_same(fresh, monkeypatch):
     """On a GPU the losses of many steps are read at once; no row of the log may differ."""
-    logs = []
+    states = []
     for every in (1, 20):
-        run_here(monkeypatch, fresh, "pretrain", PRETRAIN + RARELY + ["--overwrite"], every)
         run_here(monkeypatch, fresh, "train_gan", GAN + RARELY + ["--overwrite"], every)
-        logs.append([load_checkpoint(fresh / f"runs/ours/{name}.pt", [stage], "")["log"]
-                     for name, stage in (("pretrain", "pretrain"), ("last", "gan"))])
-    speed = train_gan.COLUMNS.index("images_per_s")
-    (pretrain_1, gan_1), (pretrain_20, gan_20) = logs
-    assert pretrain_1 == pretrain_20 and len(gan_1) == len(gan_20)
-    for a, b in zip(gan_1, gan_20):
-        assert str(a[:speed]) == str(b[:speed]) and str(a[speed + 1:]) == str(b[speed + 1:])
+        states.append(load_checkpoint(fresh / "runs/ours/last.pt", ["gan"], ""))
+    assert len(states[0]["log"]) == 10
+    assert equal(*map(without_clock, states))
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
