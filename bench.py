@@ -18,7 +18,6 @@ import ctypes
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -330,24 +329,30 @@ def draw_raw(folder, count, size=(1052, 1914)):
                 os.link(folder / kind / f"{i % 8:05d}.png", folder / kind / f"{i:05d}.png")
 
 
+# Runs a command and prints the peak memory of its largest process in kB. In between lies a
+# process of its own since a child of bench.py would be charged with bench.py's memory.
+PEAK = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
+        "stdout=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+
+
 def bench_prepare(table, args):
     """prepare.py on full-size PNGs, through its command line, by workers."""
-    cpu, count = torch.device("cpu"), args.frames
+    cpu, count, peaks = torch.device("cpu"), args.frames, {}
     with tempfile.TemporaryDirectory() as folder:
         draw_raw(Path(folder) / "raw", count)
 
         def run(workers):
             out = f"{folder}/{workers}-{time.monotonic_ns()}"
             raw = [f"{folder}/raw/images", f"{folder}/raw/labels"]
-            subprocess.run([sys.executable, Path(__file__).parent / "prepare.py", "--synthetic",
-                            *raw, "--real", *raw, "--test", "1", "--out", out, "--workers",
-                            str(workers)], check=True, capture_output=True)
+            peaks[workers] = int(subprocess.run(
+                [sys.executable, "-c", PEAK, sys.executable, Path(__file__).parent / "prepare.py",
+                 "--synthetic", *raw, "--real", *raw, "--test", "1", "--out", out, "--workers",
+                 str(workers)], check=True, capture_output=True).stdout) / 1e3
         workers = sorted({1, 2, os.cpu_count()})
         runs = in_turns([lambda w=w: run(w) for w in workers], cpu, max(1, table.repeats - 1))
-        largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
         for w, times in zip(workers, runs):
             table.add(f"prepare.py, full-size PNG, --workers {w}", times, 2 * count, "images/s",
-                      [one / t for one, t in zip(runs[0], times)], "--workers 1", largest)
+                      [one / t for one, t in zip(runs[0], times)], "--workers 1", peaks[w])
 
 
 def bench_segment(table, args):

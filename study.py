@@ -2,7 +2,7 @@
 
 Runs the whole chain (`make stages`) once per seed, R and D and the segmentation network anew each
 time, and once per ablation, in which one flag differs from seed 0. Then it reports over the seeds:
-mean and spread on real images, the share of the gap closed, the ablations.
+mean and spread on real images, the share of the gap closed, Tables 2 to 6, the ablations.
 
 Reads   a GTA-V and a Cityscapes folder, as prepare.py does; what is finished is not run again
 Writes  study/NAME/          data, checkpoints, results of every run (large; not for git)
@@ -23,13 +23,15 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student
 
+import segment
 from prepare import UserError, lock, natural, parser, start, write_text
 
 PREPARE = "--crop none --size 40 80"
 PRETRAIN = "--steps 200 --d-steps 60 --batch-size 8 --lr 2e-4 --d-optimizer adam --d-lr 1e-4"
 GAN = ("--steps 150 --batch-size 4 --sample-every 25 --save-every 25 --d-optimizer adam "
        "--d-lr 1e-4 --rec l2 --beta 6e-6")
-SEGMENT = "--network unet --epochs 10"
+SEGMENT = "--epochs 10 --train synthetic colour simgan ours real"
+NETWORKS = {"unet": "U-Net", "deeplabv3plus": "DeepLabV3+"}
 ABLATIONS = {"l1": "--rec l1 --beta 4e-6", "no-history": "--history 0", "beta0": "--beta 0",
              "alpha0": "--alpha 0", "last-step": ""}
 SAYS = {"seed0": "ours, as in the study", "l1": "L1 as in Eq 4, not squares",
@@ -54,15 +56,22 @@ def run(name, args):
         "PREPARE": f"--gta5 {args.gta5} --cityscapes {args.cityscapes} {PREPARE}",
         "PRETRAIN": f"--seed {seed} {PRETRAIN}",
         "GAN": f"--seed {seed} {GAN} {ABLATIONS.get(name, '')}",
-        "SEGMENT": f"--seeds {seed} {SEGMENT}" + " --train ours" * ablation,
+        "SEGMENT": f"--seeds {seed} --network {args.network} {SEGMENT}"
+                   + " --train ours" * ablation,
         "REFINE": "ours" if ablation else "colour pretrained ours simgan",
         "STEP": "last" if name == "last-step" else "gan"}
+    if any(not (base / f"results/segment_{n}.json").is_file() for n in networks(args.network)):
+        (base / "runs/stamps/segment").unlink(missing_ok=True)     # asked for a further network
     done = subprocess.run(["make", "-C", str(Path(__file__).resolve().parent),
                            "--no-print-directory", "stages",
                            *[f"{k}={v}" for k, v in variables.items()]])
     if done.returncode:
         raise UserError(f"{base}: the chain stopped (see above); the same command goes on")
     keep(base, args.out / name)
+
+
+def networks(choice):
+    return list(NETWORKS) if choice == "both" else [choice]
 
 
 def take_over(source, base, whole_training):
@@ -131,52 +140,87 @@ def interval(found):
     return "" if found["sd"] is None else f" [{found['low']:.0f}, {found['high']:.0f}]"
 
 
-def summary(runs):
+def markdown(head, rows):
+    """A Markdown table of a list of headings and lists of cells."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def gap_table(runs):
     """The table over the seeds: scores on real, and the share of the gap closed."""
-    domains = [d for d in ("synthetic", "colour", "simgan", "ours", "real")
-               if all(d in r for r in runs)]
-    record, lines = {}, [
-        "| trained on | mIoU on real | accuracy on real, % | gap closed, mIoU, % | gap closed, "
-        "accuracy, % |", "|---|---|---|---|---|"]
-    for d in domains:
+    record, rows = {}, []
+    for d in [d for d in ("synthetic", "colour", "simgan", "ours", "real")
+              if all(d in r for r in runs)]:
         row = {m: mean_and_interval([r[d][m] for r in runs]) for m in ("mIoU", "accuracy")}
         row |= {f"gap_{m}": mean_and_interval(gap_closed(runs, d, m)) for m in row}
         record[d] = row
         gaps = ["-", "-"] if d in ("synthetic", "real") else [
             f"{row[g]['mean']:.0f}{interval(row[g])}" for g in ("gap_mIoU", "gap_accuracy")]
-        lines.append(f"| {d} | {cell(row['mIoU'], 3)} | {cell(row['accuracy'], 1)} | "
-                     f"{gaps[0]} | {gaps[1]} |")
-    return record, "\n".join(lines)
+        rows.append([d, cell(row["mIoU"], 3), cell(row["accuracy"], 1), *gaps])
+    return record, markdown(["trained on", "mIoU on real", "accuracy on real, %",
+                             "gap closed, mIoU, %", "gap closed, accuracy, %"], rows)
 
 
-def ablations(out):
+def quality_table(folders):
+    """Table 2 over the seeds: FID, KID and SSIM of every domain, seeds of R apart."""
+    records = [json.loads((f / "table2.json").read_text()) for f in folders]
+    digits, record, rows = {"fid": 1, "kid": 1, "ssim": 3, "ssim_range1": 4}, {}, []
+    for d in [d for d in records[0]["rows"] if all(d in r["rows"] for r in records)]:
+        scores = [r["rows"][d]["scores"] for r in records]
+        record[d] = {m: mean_and_interval([s[m]["value"] * (1000 if m == "kid" else 1)
+                                           for s in scores]) for m in digits if m in scores[0]}
+        rows.append([d] + [cell(record[d][m], n) if m in record[d] else "-"
+                           for m, n in digits.items()])
+    head = ["images vs real", f"{records[0]['label']}, N = {records[0]['n']}", "KID x 1000",
+            "SSIM (L = 255)", "SSIM (L = 1)"]
+    return record, markdown(head, rows)
+
+
+def ablations(out, network):
     """One row each: seed 0's scores with one thing changed. SimGAN is the row without
     perceptual pre-training."""
-    seed0 = on_real(out / "seed0")
+    seed0 = on_real(out / "seed0", network)
     rows = {"seed0": seed0["ours"], "simgan": seed0["simgan"]}
-    rows |= {name: on_real(out / name)["ours"] for name in ABLATIONS
-             if (out / name / "segment_unet.json").is_file()}
-    lines = ["| seed 0 | mIoU on real | accuracy on real, % |", "|---|---|---|"]
-    lines += [f"| {SAYS[name]} | {r['mIoU']:.3f} | {r['accuracy']:.1f} |"
-              for name, r in rows.items()]
-    return {n: {m: r[m] for m in ("mIoU", "accuracy")} for n, r in rows.items()}, "\n".join(lines)
+    rows |= {name: on_real(out / name, network)["ours"] for name in ABLATIONS
+             if (out / name / f"segment_{network}.json").is_file()}
+    table = markdown(["seed 0", "mIoU on real", "accuracy on real, %"], [
+        [SAYS[name], f"{r['mIoU']:.3f}", f"{r['accuracy']:.1f}"] for name, r in rows.items()])
+    return {n: {m: r[m] for m in ("mIoU", "accuracy")} for n, r in rows.items()}, table
+
+
+def report_network(out, network):
+    """The part of the report on one segmentation network; None where no seed has it."""
+    file = f"segment_{network}.json"
+    folders = sorted(p.parent for p in out.glob(f"seed*/{file}"))
+    if not folders:
+        return None, ""
+    gaps, table = gap_table([on_real(f, network) for f in folders])
+    record = {"seeds": [f.name for f in folders], "on_real": gaps}
+    text = f"### {NETWORKS[network]}, {', '.join(record['seeds'])}\n\n{table}\n\n"
+    if (out / "seed0" / file).is_file():
+        record["ablations"], table = ablations(out, network)
+        text += f"{table}\n\n"
+    scores = [next(iter(json.loads((f / file).read_text())["scores"].values())) for f in folders]
+    for metric in ("mIoU", "accuracy"):
+        text += segment.matrix_table(network, metric, scores, list(next(iter(
+            scores[0].values())))) + "\n"
+    return record, text + segment.class_table(scores) + "\n"
 
 
 def report(out):
     """results/study/study.{md,json} from the kept results; prints study.md."""
-    folders = sorted(p.parent for p in out.glob("seed*/segment_unet.json"))
+    folders = sorted(p.parent for p in out.glob("seed*/table2.json"))
     if not folders:
-        raise UserError(f"{out}: no finished seed in it (seed*/segment_unet.json); run study.py "
+        raise UserError(f"{out}: no finished seed in it (seed*/table2.json); run study.py "
                         "without --report first")
-    over_seeds, table = summary([on_real(f) for f in folders])
-    record = {"seeds": [f.name for f in folders], "on_real": over_seeds}
-    text = (f"{len(folders)} seeds ({', '.join(f.name for f in folders)}): ± is the standard "
-            f"deviation over the seeds, [ ] a 95 % interval of their mean.\n\n{table}\n")
-    if (out / "seed0/segment_unet.json").is_file():
-        record["ablations"], table = ablations(out)
-        text += f"\n{table}\n"
+    record = {}
+    record["quality"], table = quality_table(folders)
+    text = ("± is the standard deviation over the seeds, [ ] a 95 % interval of their mean "
+            f"(Student's t).\n\n{table}\n\n")
+    for network in NETWORKS:
+        record[network], part = report_network(out, network)
+        text += part
     write_text(out / "study.json", json.dumps(record, indent=1))
-    write_text(out / "study.md", text)
+    write_text(out / "study.md", text.strip() + "\n")
     print(text)
 
 
@@ -188,6 +232,8 @@ def arguments():
     p.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="one run each")
     p.add_argument("--only", nargs="+", metavar="NAME", help="seedN, or an ablation: " +
                    ", ".join(ABLATIONS))
+    p.add_argument("--network", choices=[*NETWORKS, "both"], default="unet",
+                   help="segmentation; asking for the other one later trains only that")
     p.add_argument("--base", type=Path, default=Path("study"), help="where the runs lie")
     p.add_argument("--out", type=Path, default=Path("results/study"), help="the small results")
     p.add_argument("--report", action="store_true", help="run nothing, report what is kept")

@@ -134,10 +134,10 @@ def test_every_row_has_the_same_scenes_and_partners():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """data/ with 6 images of synthetic, simgan, ours (12 x 20) and real: no labels needed."""
+    """data/ with 4 images of synthetic, simgan, ours (12 x 20) and real: no labels needed."""
     cwd = tmp_path_factory.mktemp("evaluate")
     g = np.random.default_rng(0)
-    scene = g.integers(0, 256, (6, 12, 20, 3))
+    scene = g.integers(0, 256, (4, 12, 20, 3))
     for domain, mix in (("synthetic", 1.0), ("simgan", 0.8), ("ours", 0.7)):
         draw(cwd / "data" / domain / "test", scene * mix + 30)
     for split in ("train", "test"):
@@ -166,17 +166,17 @@ def test_the_report_shows_everything(both, folder):
     out, record = both[0]
     rows = ["synthetic", "simgan", "ours", evaluate.FLOOR, evaluate.CONTROL]
     assert list(record["rows"]) == rows
-    assert {r["n"] for r in record["rows"].values()} == {6}
+    assert {r["n"] for r in record["rows"].values()} == {4}
     for name in rows[:4]:
         assert list(record["rows"][name]["scores"]) == evaluate.METRICS
     assert list(record["rows"][evaluate.CONTROL]["scores"]) == ["ssim", "ssim_range1"]
     assert list(record["differences"]) == [f"{r} - synthetic" for r in rows[1:]] + [
         "ours - simgan"]
-    assert {s for d in record["by_size"].values() for s in d} == {"3", "6"}
+    assert {s for d in record["by_size"].values() for s in d} == {"2", "4"}
     text = (folder / "results/table2.md").read_text()
     assert text in out and text == tables(record)
-    assert "warning: N = 6 is small for FID" in out
-    for words in ("| N |", "random features, not an FID [95 %]", "60.82", "± ", "N = 6"):
+    assert "warning: N = 4 is small for FID" in out
+    for words in ("| N |", "random features, not an FID [95 %]", "60.82", "± ", "N = 4"):
         assert words in text
     assert "missing: data/pretrained/" in out
 
@@ -186,7 +186,7 @@ def test_every_score_can_be_traced(both):
     _, record = both[0]
     assert record["command"] == "evaluate.py --inception random"
     assert record["settings"]["data"] == "data" and record["settings"]["inception"] == "random"
-    assert record["pair_seed"] == 0 and record["n"] == 6 and "bilinear" in record["resize"]
+    assert record["pair_seed"] == 0 and record["n"] == 4 and "bilinear" in record["resize"]
     assert record["versions"]["torch"] == torch.__version__ and record["device"].startswith("cpu")
     hashes = [r["images_sha256"] for r in record["rows"].values()] + [
         record["real_sha256"], record["weights_sha256"]]

@@ -12,19 +12,26 @@ import study
 from prepare import UserError
 
 
-def keep(folder, scores):
+NAN = float("nan")
+
+
+def keep(folder, scores, network="unet", fid=None):
     """A kept run in which a network trained on each domain has these (mIoU, accuracy) on real."""
-    folder.mkdir(parents=True)
-    rows = {d: {"real": {"mIoU": m, "accuracy": a, "IoU": []}} for d, (m, a) in scores.items()}
-    (folder / "segment_unet.json").write_text(json.dumps({"scores": {"0": rows}}))
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {d: {"real": {"mIoU": m, "accuracy": a, "IoU": [m] + [NAN] * 18, "classes": 1}}
+            for d, (m, a) in scores.items()}
+    (folder / f"segment_{network}.json").write_text(json.dumps({"scores": {"0": rows}}))
+    if fid:
+        rows = {"ours": {"scores": {"fid": {"value": fid}, "kid": {"value": 0.02}}}}
+        (folder / "table2.json").write_text(json.dumps({"label": "FID", "n": 6, "rows": rows}))
 
 
 @pytest.fixture
 def kept(tmp_path):
     """Two seeds: ours closes 50 and 70 % of the gap in mIoU, 25 and 25 % in accuracy."""
-    for name, ours in (("seed0", (0.15, 65.0)), ("seed1", (0.17, 65.0))):
+    for name, ours, fid in (("seed0", (0.15, 65.0), 10.0), ("seed1", (0.17, 65.0), 14.0)):
         keep(tmp_path / name, {"synthetic": (0.10, 60.0), "simgan": (0.10, 60.0), "ours": ours,
-                               "real": (0.20, 80.0)})
+                               "real": (0.20, 80.0)}, fid=fid)
     keep(tmp_path / "no-history", {"ours": (0.11, 61.0)})
     return tmp_path
 
@@ -32,15 +39,27 @@ def kept(tmp_path):
 def test_gap_closed_and_its_interval(kept):
     out, _ = call("study.py", "--report", "--out", ".", cwd=kept)
     record = json.loads((kept / "study.json").read_text())
-    gap = record["on_real"]["ours"]["gap_mIoU"]
+    on_real = record["unet"]["on_real"]
+    gap = on_real["ours"]["gap_mIoU"]
     assert gap["mean"] == pytest.approx(60) and gap["n"] == 2
     # Student's t of one degree of freedom: 12.706; sd 14.14, so +- 127.06
     assert gap["low"] == pytest.approx(60 - 127.06, abs=0.01)
-    assert record["on_real"]["ours"]["gap_accuracy"]["sd"] == pytest.approx(0, abs=1e-9)
-    assert record["on_real"]["real"]["gap_mIoU"]["mean"] == pytest.approx(100)
+    assert on_real["ours"]["gap_accuracy"]["sd"] == pytest.approx(0, abs=1e-9)
+    assert on_real["real"]["gap_mIoU"]["mean"] == pytest.approx(100)
     assert "| ours | 0.160 ± 0.014 | 65.0 ± 0.0 | 60 [-67, 187] | 25 [25, 25] |" in out
     assert "| D sees no history | 0.110 | 61.0 |" in out and "beta 0" not in out
+    assert "| ours | 12.0 ± 2.8 | 20.0 ± 0.0 | - | - |" in out              # Table 2
+    assert "| ours | **0.160 ± 0.014** (0.14) |" in out and "| road | 0.100 ± 0.000 |" in out
+    assert record["deeplabv3plus"] is None
     assert out.strip().endswith((kept / "study.md").read_text().strip())
+
+
+def test_networks_are_reported_apart(kept):
+    """DeepLabV3+ where a seed has it, with no spread where it is one seed."""
+    keep(kept / "seed0", {"synthetic": (0.1, 50.0), "simgan": (0.1, 50.0), "ours": (0.2, 51.0),
+                          "real": (0.3, 52.0)}, network="deeplabv3plus")
+    out, _ = call("study.py", "--report", "--out", ".", cwd=kept)
+    assert "### U-Net, seed0, seed1" in out and "### DeepLabV3+, seed0\n" in out
 
 
 def test_one_seed_has_no_interval():
@@ -69,7 +88,7 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     monkeypatch.setattr(study.subprocess, "run",
                         lambda command: asked.append(command) or SimpleNamespace(returncode=0))
     args = SimpleNamespace(base=tmp_path / "study", out=tmp_path / "out", gta5="g", cityscapes="c",
-                           inception="random")
+                           inception="random", network="unet")
     if name in study.ABLATIONS:
         with pytest.raises(UserError, match="seed0.*not finished"):
             study.run(name, args)
@@ -88,4 +107,6 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     plain = parsed(monkeypatch, "train_gan", "--seed 0 " + study.GAN)
     assert (vars(gan) == vars(plain)) == (name == "last-step")
     assert (tmp_path / "study" / name / "runs/ours/last.pt").exists() == (name == "last-step")
-    assert segment.train == (None if name == "seed1" else ["ours"])
+    assert segment.train == (["synthetic", "colour", "simgan", "ours", "real"]
+                             if name == "seed1" else ["ours"])
+    assert segment.network == "unet"
