@@ -9,11 +9,11 @@ Writes  study/NAME/          data, checkpoints, results of every run (large; not
         results/study/NAME/  the small results of every run: tables, logs, pictures
         results/study/study.md, study.json   the report
 
-    python study.py --gta5 ~/gtav --cityscapes ~/cityscapes     about 6 hours on 2 cores
+    python study.py --gta5 ~/gtav --cityscapes ~/cityscapes     about 3 hours on 2 cores
     python study.py --gta5 ~/gtav --cityscapes ~/cityscapes --only seed1
     python study.py --report                                    from results/study alone
 
-The scale is for 2 cores: 40 x 80 whole frames, batch 4, 150 GAN steps, U-Net, 10 epochs.
+The scale is for 2 cores: 40 x 80 whole frames, batch 4, 200 GAN steps, U-Net, 10 epochs.
 """
 import json
 import shutil
@@ -28,8 +28,8 @@ from prepare import UserError, lock, natural, parser, start, write_text
 
 PREPARE = "--crop none --size 40 80"
 PRETRAIN = "--steps 200 --d-steps 60 --batch-size 8 --lr 2e-4 --d-optimizer adam --d-lr 1e-4"
-GAN = ("--steps 150 --batch-size 4 --sample-every 25 --save-every 25 --d-optimizer adam "
-       "--d-lr 1e-4 --rec l2 --beta 6e-6")
+GAN = ("--steps 200 --batch-size 4 --lr 3e-5 --sample-every 25 --save-every 25 "
+       "--d-optimizer adam --d-lr 1e-4 --rec l2 --beta 6e-6")
 SEGMENT = "--epochs 10 --train synthetic colour simgan ours real"
 NETWORKS = {"unet": "U-Net", "deeplabv3plus": "DeepLabV3+"}
 ABLATIONS = {"l1": "--rec l1 --beta 4e-6", "no-history": "--history 0", "beta0": "--beta 0",
