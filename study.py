@@ -38,7 +38,8 @@ SAYS = {"seed0": "ours, as in the study", "l1": "L1 as in Eq 4, not squares",
         "no-history": "D sees no history", "beta0": "no L_rec (beta 0)",
         "alpha0": "no adversarial term (alpha 0)", "last-step": "the last step, not the best",
         "simgan": "no perceptual pre-training (SimGAN's L1)"}
-KEPT = ["results/*.md", "results/*.json", "results/table7.png", "runs/*/log.csv"]
+KEPT = ["results/*.md", "results/*.json", "results/table7.png", "runs/*/log.csv",
+        "runs/*/curves.png"]
 
 
 # ----------------------------------------------------------------------------------- the runs
@@ -97,7 +98,7 @@ def keep(base, out):
     out.mkdir(parents=True, exist_ok=True)
     for pattern in KEPT:
         for file in base.glob(pattern):
-            method = f"{file.parent.name}_" if file.name == "log.csv" else ""
+            method = f"{file.parent.name}_" if file.parent.parent.name == "runs" else ""
             shutil.copy(file, out / f"{method}{file.name}")
     pictures = sorted(base.glob("runs/ours/samples/*.png"))
     if pictures:

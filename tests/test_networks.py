@@ -513,3 +513,19 @@ def test_bfloat16_changes_the_arithmetic_not_the_interface():
     got = fast(x)
     assert got.dtype == torch.float32 and list(fast.state_dict()) == keys
     assert not torch.equal(got, wanted) and (got - wanted).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("mkldnn, avx512_bf16, wanted", [
+    (False, False, False), (True, False, False), (True, True, True)])
+def test_slow_bfloat16_is_known(mkldnn, avx512_bf16, wanted, monkeypatch, capsys):
+    """AVX2, AVX512 without BF16, AVX512 with it: only the last has it, the others are warned."""
+    monkeypatch.setattr(models.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(models.torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16,
+                        raising=False)
+    monkeypatch.setattr(models.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: mkldnn)
+    models.warn_of_slow_bfloat16.cache_clear()
+    models.warn_of_slow_bfloat16()
+    models.warn_of_slow_bfloat16()
+    assert models.has_bfloat16() == wanted
+    assert capsys.readouterr().err.count("no bfloat16 arithmetic") == (not wanted)
+    models.warn_of_slow_bfloat16.cache_clear()
