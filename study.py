@@ -33,10 +33,11 @@ GAN = ("--steps 200 --batch-size 4 --lr 3e-5 --sample-every 25 --save-every 25 "
 SEGMENT = "--epochs 10 --train synthetic colour simgan ours real"
 NETWORKS = {"unet": "U-Net", "deeplabv3plus": "DeepLabV3+"}
 ABLATIONS = {"l1": "--rec l1 --beta 4e-6", "no-history": "--history 0", "beta0": "--beta 0",
-             "alpha0": "--alpha 0", "last-step": ""}
+             "alpha0": "--alpha 0", "last-step": "", "colour-first": ""}
 SAYS = {"seed0": "ours, as in the study", "l1": "L1 as in Eq 4, not squares",
         "no-history": "D sees no history", "beta0": "no L_rec (beta 0)",
         "alpha0": "no adversarial term (alpha 0)", "last-step": "the last step, not the best",
+        "colour-first": "R and D start from colour-matched frames",
         "simgan": "no perceptual pre-training (SimGAN's L1)"}
 KEPT = ["results/*.md", "results/*.json", "results/table7.png", "runs/*/log.csv",
         "runs/*/curves.png"]
@@ -51,7 +52,7 @@ def run(name, args):
     seed = 0 if ablation else int(name.removeprefix("seed"))
     base = args.base / name
     if ablation:
-        take_over(args.base / "seed0", base, whole_training=name == "last-step")
+        take_over(args.base / "seed0", base, name)
     variables = {
         "BASE": f"{base}/", "INCEPTION": args.inception,
         "PREPARE": f"--gta5 {args.gta5} --cityscapes {args.cityscapes} {PREPARE}",
@@ -75,21 +76,27 @@ def networks(choice):
     return list(NETWORKS) if choice == "both" else [choice]
 
 
-def take_over(source, base, whole_training):
-    """Start an ablation from the data and the pre-training of seed 0 (or all of its training)."""
+def take_over(source, base, name):
+    """Start an ablation from what it shares with seed 0: the data and the pre-training; all of
+    the training (last-step); the data only, colour-matched (colour-first)."""
     stamps = base / "runs" / "stamps"
     if stamps.is_dir():
         return
     if not (source / "runs/stamps/segment").is_file():
         raise UserError(f"{source}: not finished; the ablations start from it (--only seed0)")
-    for domain in ("synthetic", "real"):
-        shutil.copytree(source / "data" / domain, base / "data" / domain, dirs_exist_ok=True)
-    files = ["pretrain.pt"] + ["last.pt", "gan.pt", "log.csv"] * whole_training
+    synthetic = "colour" if name == "colour-first" else "synthetic"
+    for domain, origin in (("synthetic", synthetic), ("real", "real")):
+        shutil.copytree(source / "data" / origin, base / "data" / domain, dirs_exist_ok=True)
+    files, stages = ["pretrain.pt"], ["prepare", "pretrain-ours"]
+    if name == "last-step":
+        files, stages = files + ["last.pt", "gan.pt", "log.csv"], stages + ["gan-ours"]
+    if name == "colour-first":
+        files, stages = [], ["prepare"]
     (base / "runs/ours").mkdir(parents=True, exist_ok=True)
     for file in files:
         shutil.copy(source / "runs/ours" / file, base / "runs/ours" / file)
     stamps.mkdir()                                     # last: from here on nothing is copied
-    for stage in ["prepare", "pretrain-ours"] + ["gan-ours"] * whole_training:
+    for stage in stages:
         (stamps / stage).touch()
 
 

@@ -94,7 +94,7 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
             study.run(name, args)
         runs = tmp_path / "study/seed0/runs"
         for file in ("stamps/segment", "ours/pretrain.pt", "ours/last.pt", "ours/gan.pt",
-                     "ours/log.csv", "../data/synthetic/x", "../data/real/x"):
+                     "ours/log.csv", "../data/synthetic/x", "../data/real/x", "../data/colour/x"):
             (runs / file).parent.mkdir(parents=True, exist_ok=True)
             (runs / file).write_text(file)
     study.run(name, args)
@@ -105,8 +105,13 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     parsed(monkeypatch, "prepare", variables["PREPARE"] + " --out data")
     assert gan.seed == pretrain.seed == segment.seeds[0] == (1 if name == "seed1" else 0)
     plain = parsed(monkeypatch, "train_gan", "--seed 0 " + study.GAN)
-    assert (vars(gan) == vars(plain)) == (name == "last-step")
-    assert (tmp_path / "study" / name / "runs/ours/last.pt").exists() == (name == "last-step")
+    assert (vars(gan) == vars(plain)) == (name in ("last-step", "colour-first"))
+    base = tmp_path / "study" / name
+    assert (base / "runs/ours/last.pt").exists() == (name == "last-step")
+    assert (base / "runs/ours/pretrain.pt").exists() == (name not in ("seed1", "colour-first"))
+    if name in study.ABLATIONS:
+        origin = "colour" if name == "colour-first" else "synthetic"
+        assert (base / "data/synthetic/x").read_text().endswith(f"{origin}/x")
     assert segment.train == (["synthetic", "colour", "simgan", "ours", "real"]
                              if name == "seed1" else ["ours"])
     assert segment.network == "unet"
