@@ -15,6 +15,7 @@ Writes  study/NAME/          data, checkpoints, results of every run (large; not
 
 The scale is for 2 cores: 40 x 80 whole frames, batch 4, 200 GAN steps, U-Net, 10 epochs.
 """
+import csv
 import json
 import shutil
 import subprocess
@@ -183,16 +184,33 @@ def quality_table(folders):
     return record, markdown(head, rows)
 
 
+def one_run(folder, method, network):
+    """What one training did: change of the image and D's accuracy (log.csv, mean of the last 25
+    steps), FID and KID, and the segmentation network's scores on real."""
+    with open(folder / f"{method}_log.csv", encoding="utf-8") as file:
+        log = list(csv.DictReader(file))[-25:]
+    quality = json.loads((folder / "table2.json").read_text())["rows"][method]["scores"]
+    result = {k: float(np.mean([float(r[k]) for r in log]))
+              for k in ("mean_change", "d_acc_real", "d_acc_refined")}
+    result |= {"fid": quality["fid"]["value"], "kid": 1000 * quality["kid"]["value"]}
+    scores = on_real(folder, network)[method]
+    return result | {m: scores[m] for m in ("mIoU", "accuracy")}
+
+
 def ablations(out, network):
-    """One row each: seed 0's scores with one thing changed. SimGAN is the row without
-    perceptual pre-training."""
-    seed0 = on_real(out / "seed0", network)
-    rows = {"seed0": seed0["ours"], "simgan": seed0["simgan"]}
-    rows |= {name: on_real(out / name, network)["ours"] for name in ABLATIONS
+    """One row each: seed 0 with one thing changed. SimGAN is the row without perceptual
+    pre-training."""
+    rows = {"seed0": one_run(out / "seed0", "ours", network),
+            "simgan": one_run(out / "seed0", "simgan", network)}
+    rows |= {name: one_run(out / name, "ours", network) for name in ABLATIONS
              if (out / name / f"segment_{network}.json").is_file()}
-    table = markdown(["seed 0", "mIoU on real", "accuracy on real, %"], [
-        [SAYS[name], f"{r['mIoU']:.3f}", f"{r['accuracy']:.1f}"] for name, r in rows.items()])
-    return {n: {m: r[m] for m in ("mIoU", "accuracy")} for n, r in rows.items()}, table
+    return rows, markdown(
+        ["seed 0", "mean abs(R(x) - x)", "D right on real, refined", "FID", "KID x 1000",
+         "mIoU on real", "accuracy on real, %"],
+        [[SAYS[name], f"{r['mean_change']:.3f}",
+          f"{r['d_acc_real']:.2f}, {r['d_acc_refined']:.2f}", f"{r['fid']:.1f}",
+          f"{r['kid']:.1f}", f"{r['mIoU']:.3f}", f"{r['accuracy']:.1f}"]
+         for name, r in rows.items()])
 
 
 def report_network(out, network):

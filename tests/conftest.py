@@ -29,6 +29,7 @@ def as_main(script, args, cwd, out):
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{out}/{name}", os.O_WRONLY | os.O_CREAT), stream)
     multiprocessing.set_start_method("fork", force=True)       # of its own workers, as usual
+    sys.modules["torch"].set_num_threads(1)        # two commands side by side have two cores
     os.chdir(cwd)
     sys.argv = [script, *args]
     runpy.run_path(str(ROOT / script), run_name="__main__")

@@ -12,7 +12,7 @@ import study
 from prepare import UserError
 
 
-NAN = float("nan")
+NAN, METHODS = float("nan"), ("ours", "simgan")
 
 
 def keep(folder, scores, network="unet", fid=None):
@@ -22,8 +22,12 @@ def keep(folder, scores, network="unet", fid=None):
             for d, (m, a) in scores.items()}
     (folder / f"segment_{network}.json").write_text(json.dumps({"scores": {"0": rows}}))
     if fid:
-        rows = {"ours": {"scores": {"fid": {"value": fid}, "kid": {"value": 0.02}}}}
+        rows = {m: {"scores": {"fid": {"value": fid}, "kid": {"value": 0.02}}} for m in METHODS}
         (folder / "table2.json").write_text(json.dumps({"label": "FID", "n": 6, "rows": rows}))
+        for method in METHODS:                     # 30 steps, of which the last 25 count
+            lines = ["mean_change,d_acc_real,d_acc_refined"] + ["9,9,9"] * 5 + [
+                "0.3,0.75,0.5", "0.5,0.75,0.5"] * 12 + ["0.4,0.75,0.5"]
+            (folder / f"{method}_log.csv").write_text("\n".join(lines))
 
 
 @pytest.fixture
@@ -32,7 +36,7 @@ def kept(tmp_path):
     for name, ours, fid in (("seed0", (0.15, 65.0), 10.0), ("seed1", (0.17, 65.0), 14.0)):
         keep(tmp_path / name, {"synthetic": (0.10, 60.0), "simgan": (0.10, 60.0), "ours": ours,
                                "real": (0.20, 80.0)}, fid=fid)
-    keep(tmp_path / "no-history", {"ours": (0.11, 61.0)})
+    keep(tmp_path / "no-history", {"ours": (0.11, 61.0)}, fid=11.0)
     return tmp_path
 
 
@@ -47,7 +51,8 @@ def test_gap_closed_and_its_interval(kept):
     assert on_real["ours"]["gap_accuracy"]["sd"] == pytest.approx(0, abs=1e-9)
     assert on_real["real"]["gap_mIoU"]["mean"] == pytest.approx(100)
     assert "| ours | 0.160 ± 0.014 | 65.0 ± 0.0 | 60 [-67, 187] | 25 [25, 25] |" in out
-    assert "| D sees no history | 0.110 | 61.0 |" in out and "beta 0" not in out
+    assert "| D sees no history | 0.400 | 0.75, 0.50 | 11.0 | 20.0 | 0.110 | 61.0 |" in out
+    assert "beta 0" not in out
     assert "| ours | 12.0 ± 2.8 | 20.0 ± 0.0 | - | - |" in out              # Table 2
     assert "| ours | **0.160 ± 0.014** (0.14) |" in out and "| road | 0.100 ± 0.000 |" in out
     assert record["deeplabv3plus"] is None
