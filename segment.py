@@ -271,9 +271,10 @@ def main():
 
 def report(network, matrices, results, domains, count, args, device):
     """Write and print segment_NETWORK.json and .md."""
+    one_row = next(iter(matrices[args.seeds[0]].values()))     # {tested on: a matrix per image}
     record = {**provenance(args, device), "network": network, "domains": domains,
               "images": count, "seeds": args.seeds,
-              "test_images": {d: len(m) for d, m in next(iter(matrices.values()))["real"].items()},
+              "test_images": {d: len(m) for d, m in one_row.items()},
               "scores": dict(zip(map(str, args.seeds), results)),
               "confusion": {seed: {d: {o: m.sum(0).tolist() for o, m in row.items()}
                                    for d, row in rows.items()}

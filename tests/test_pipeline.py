@@ -132,13 +132,15 @@ def test_a_finished_cell_is_not_trained_again_but_a_changed_one_is(finished):
     assert out.count("trained before, not again") == 4
     again = json.loads((finished / "results/segment_unet.json").read_text())["scores"]["0"]
     assert str(before) == str(again)                        # the same seed, the same network
-    out, _ = call("segment.py", *flags, "--epochs", 2, cwd=finished)
-    assert "trained before" not in out
+    out, _ = call("segment.py", *flags, "--epochs", 2, "--train", "ours", cwd=finished)
+    record = json.loads((finished / "results/segment_unet.json").read_text())
+    assert "trained before" not in out and list(record["scores"]["0"]) == ["ours"]
+    assert set(record["test_images"]) == set(record["scores"]["0"]["ours"])
 
 
 def test_deeplab_runs_through(finished):
     call("segment.py", "--network", "deeplabv3plus", "--epochs", 1, "--batch-size", 8,
-         "--out", "other", cwd=finished)
+         "--train", "ours", "real", "--out", "other", cwd=finished)
     assert (finished / "other/segment_deeplabv3plus.json").is_file()
 
 
