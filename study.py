@@ -145,8 +145,9 @@ def cell(found, digits):
     return text if found["sd"] is None else f"{text} ± {found['sd']:.{digits}f}"
 
 
-def interval(found):
-    return "" if found["sd"] is None else f" [{found['low']:.0f}, {found['high']:.0f}]"
+def interval(found, digits=0):
+    return "" if found["sd"] is None else (
+        f" [{found['low']:.{digits}f}, {found['high']:.{digits}f}]")
 
 
 def markdown(head, rows):
@@ -167,6 +168,20 @@ def gap_table(runs):
         rows.append([d, cell(row["mIoU"], 3), cell(row["accuracy"], 1), *gaps])
     return record, markdown(["trained on", "mIoU on real", "accuracy on real, %",
                              "gap closed, mIoU, %", "gap closed, accuracy, %"], rows)
+
+
+def difference_table(runs):
+    """Ours minus each other training domain, seed by seed: where 0 lies in the interval, these
+    seeds cannot tell the two apart."""
+    record, rows = {}, []
+    for other in [d for d in ("synthetic", "simgan", "colour") if all(d in r for r in runs)]:
+        found = {m: mean_and_interval([r["ours"][m] - r[other][m] for r in runs])
+                 for m in ("mIoU", "accuracy")}
+        record[f"ours - {other}"] = found
+        rows.append([f"ours - {other}"] + [
+            f"{found[m]['mean']:+.{n}f}{interval(found[m], n)}"
+            for m, n in (("mIoU", 3), ("accuracy", 1))])
+    return record, markdown(["difference [95 %]", "mIoU on real", "accuracy on real, %"], rows)
 
 
 def quality_table(folders):
@@ -219,9 +234,12 @@ def report_network(out, network):
     folders = sorted(p.parent for p in out.glob(f"seed*/{file}"))
     if not folders:
         return None, ""
-    gaps, table = gap_table([on_real(f, network) for f in folders])
-    record = {"seeds": [f.name for f in folders], "on_real": gaps}
-    text = f"### {NETWORKS[network]}, {', '.join(record['seeds'])}\n\n{table}\n\n"
+    runs = [on_real(f, network) for f in folders]
+    gaps, table = gap_table(runs)
+    differences, second = difference_table(runs)
+    record = {"seeds": [f.name for f in folders], "on_real": gaps, "differences": differences}
+    text = (f"### {NETWORKS[network]}, {', '.join(record['seeds'])}\n\n{table}\n\n"
+            f"{second}\n\n")
     if (out / "seed0" / file).is_file():
         record["ablations"], table = ablations(out, network)
         text += f"{table}\n\n"

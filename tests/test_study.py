@@ -51,6 +51,8 @@ def test_gap_closed_and_its_interval(kept):
     assert on_real["ours"]["gap_accuracy"]["sd"] == pytest.approx(0, abs=1e-9)
     assert on_real["real"]["gap_mIoU"]["mean"] == pytest.approx(100)
     assert "| ours | 0.160 ± 0.014 | 65.0 ± 0.0 | 60 [-67, 187] | 25 [25, 25] |" in out
+    # 0.05 and 0.07 more than synthetic: 0.06 +- 12.706 x 0.0141 / sqrt(2)
+    assert "| ours - synthetic | +0.060 [-0.067, 0.187] | +5.0 [5.0, 5.0] |" in out
     assert "| D sees no history | 0.400 | 0.75, 0.50 | 11.0 | 20.0 | 0.110 | 61.0 |" in out
     assert "beta 0" not in out
     assert "| ours | 12.0 ± 2.8 | 20.0 ± 0.0 | - | - |" in out              # Table 2
