@@ -10,7 +10,7 @@ Reads   nothing; draws its own images
 Writes  the table; with --json PATH also as PATH, with hardware, versions and every single time,
         and as Markdown beside it
 
-    python bench.py                        everything, about 4 minutes on 2 cores
+    python bench.py                        everything, 3 to 4 minutes on 2 cores
     python bench.py --only gan sweep       some sections
     python bench.py --size 40 80 --batch-size 8 --json bench.json
 """
