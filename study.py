@@ -1,7 +1,7 @@
 """The study: does refining help on real images, and what is each part of the method good for?
 
 Runs the whole chain (`make stages`) once per seed, R and D and the segmentation network anew each
-time, and once per ablation, in which one flag differs from seed 0. Then it reports over the seeds:
+time, and once per ablation, in which one thing differs from seed 0. Then it reports over the seeds:
 mean and spread on real images, the share of the gap closed, Tables 2 to 6, the ablations.
 
 Reads   a GTA-V and a Cityscapes folder, as prepare.py does; what is finished is not run again
@@ -9,7 +9,7 @@ Writes  study/NAME/          data, checkpoints, results of every run (large; not
         results/study/NAME/  the small results of every run: tables, logs, pictures
         results/study/study.md, study.json   the report
 
-    python study.py --gta5 ~/gtav --cityscapes ~/cityscapes     about 3 hours on 2 cores
+    python study.py --gta5 ~/gtav --cityscapes ~/cityscapes     about 3 core-hours
     python study.py --gta5 ~/gtav --cityscapes ~/cityscapes --only seed1
     python study.py --report                                    from results/study alone
 
@@ -35,7 +35,7 @@ SEGMENT = "--epochs 10 --train synthetic colour simgan ours real"
 NETWORKS = {"unet": "U-Net", "deeplabv3plus": "DeepLabV3+"}
 ABLATIONS = {"l1": "--rec l1 --beta 4e-6", "no-history": "--history 0", "beta0": "--beta 0",
              "alpha0": "--alpha 0", "last-step": "", "colour-first": ""}
-SAYS = {"seed0": "ours, as in the study", "l1": "L1 as in Eq 4, not squares",
+SAYS = {"seed0": "ours, as in the study", "l1": "L1 as in Eq 4 (beta 4e-6), not squares",
         "no-history": "D sees no history", "beta0": "no L_rec (beta 0)",
         "alpha0": "no adversarial term (alpha 0)", "last-step": "the last step, not the best",
         "colour-first": "R and D start from colour-matched frames",
