@@ -97,8 +97,9 @@ def main():
     args = arguments()
     device = pick_device(args.device)
     R, made_by = load_refiner(args, device)
+    own = (".lock", "refine.json.tmp")       # a kill before refine.json leaves no more than these
     if args.out.exists() and not (args.out / "refine.json").is_file() and any(
-            p.name != ".lock" for p in args.out.iterdir()):
+            p.name not in own for p in args.out.iterdir()):
         raise UserError(f"{args.out}: is there already and was not made by refine.py; choose "
                         "another --out")
     if args.out.resolve() == args.data.resolve():
