@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from models import (DeepLabV3Plus, UNet, announce, jackknife_error, leave_out, load_tensors,
-                    pick_device, provenance, save_checkpoint, sha256, speed_up, to_float)
+                    make_optimizer, pick_device, provenance, save_checkpoint, sha256, speed_up,
+                    to_float)
 from prepare import (CLASSES, IGNORE, PALETTE, UserError, load_images, load_labels, natural,
                      parser, positive, progress, save_grid, start, writable, write_text)
 
@@ -95,7 +96,7 @@ def train(net, images, labels, args, device, title):
     """Cross-entropy (void ignored), Adam, cosine learning rate, random mirroring."""
     batch = min(args.batch_size, len(images))
     steps = args.epochs * (len(images) // batch)              # the odd rest of an epoch waits
-    optimizer = torch.optim.Adam(net.parameters(), args.lr)
+    optimizer = make_optimizer("adam", net.parameters(), args.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     bar = progress(total=steps, unit="step", desc=title)
     net.train()

@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 import models
-from models import (DeepLabV3Plus, Discriminator, Refiner, UNet, inception_features,
+from models import (AtrousConv, DeepLabV3Plus, Discriminator, Refiner, UNet, inception_features,
                     keras_average_pool, load_checkpoint, load_inception, patch_loss, pick_device,
                     resize_299, same_pad, save_checkpoint, speed_up, to_float, to_uint8)
 from prepare import UserError
@@ -75,6 +75,23 @@ def test_segmenters_label_every_pixel(deeplab, height, width):
     with torch.no_grad():
         assert UNet().eval()(x).shape == (1, 19, height, width)
         assert deeplab(x).shape == (1, 19, height, width)
+
+
+@pytest.mark.parametrize("size", [(3, 5), (5, 10), (10, 5), (7, 7)])
+def test_atrous_convolution_equals_the_whole_one(size):
+    """Without the weights that meet only padding: the same values, the same gradients, and none
+    at all for what was left out. The rate is 6: one, both or no sides of the map reach it."""
+    ours = AtrousConv(4, 3, 3, padding=6, dilation=6, bias=False).double()
+    whole = nn.Conv2d(4, 3, 3, padding=6, dilation=6, bias=False).double()
+    whole.load_state_dict(ours.state_dict())
+    x = [torch.randn(2, 4, *size, dtype=torch.float64).requires_grad_()]
+    x.append(x[0].detach().clone().requires_grad_())
+    y = [net(image) for net, image in zip((ours, whole), x)]
+    torch.testing.assert_close(y[0], y[1])
+    for value in y:
+        value.square().sum().backward()
+    torch.testing.assert_close(x[0].grad, x[1].grad)
+    torch.testing.assert_close(ours.weight.grad, whole.weight.grad)
 
 
 @pytest.mark.parametrize("size, kernel, stride, rows, columns", [
