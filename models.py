@@ -197,18 +197,22 @@ class Refiner(nn.Module):
 
     Section 5.1: 4x4 filters to 64 maps, 5 ResNet blocks, a 1x1 convolution. No normalisation;
     tanh at the end as in SimGAN (the paper does not say). 659,331 parameters.
+    skip (not the paper's): the last layer gives a change that is added to the image, so that
+    detail need not pass all convolutions.
     """
 
-    def __init__(self, maps=64, blocks=5):
+    def __init__(self, maps=64, blocks=5, skip=False):
         super().__init__()
-        self.args = {"maps": maps, "blocks": blocks}
+        self.args = {"maps": maps, "blocks": blocks, "skip": skip}
+        self.skip = skip
         self.first = nn.Conv2d(3, maps, 4)
         self.blocks = nn.Sequential(*[ResnetBlock(maps) for _ in range(blocks)])
         self.last = nn.Conv2d(maps, 3, 1)
 
     def forward(self, x):
-        x = F.pad(x, (1, 2, 1, 2), mode="reflect")
-        return torch.tanh(self.last(self.blocks(F.relu(self.first(x)))))
+        y = F.relu(self.first(F.pad(x, (1, 2, 1, 2), mode="reflect")))
+        y = self.last(self.blocks(y))
+        return (x + y).clamp(-1, 1) if self.skip else torch.tanh(y)
 
 
 # ------------------------------------------------------------------- discriminator, Table 1

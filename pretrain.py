@@ -72,7 +72,7 @@ class Run:
     def __init__(self, args, device, state):
         self.args, self.device = args, device
         torch.manual_seed(args.seed)                             # the initial weights
-        R = rebuild(Refiner, state, "refiner", args.run) if state else Refiner()
+        R = rebuild(Refiner, state, "refiner", args.run) if state else Refiner(skip=args.skip)
         D = rebuild(Discriminator, state, "discriminator", args.run) if state else \
             Discriminator(args.final_relu)
         self.R, self.D = (speed_up(net, device, args.precision, layout=learning_layout(device))
@@ -127,6 +127,9 @@ def arguments():
     p.add_argument("--batch-size", type=positive(int), default=16, help="images a batch")
     p.add_argument("--lr", type=positive(float), default=1e-4, help="(paper) of R")
     p.add_argument("--d-lr", type=positive(float), default=1e-3, help="(paper) of D")
+    p.add_argument("--skip", action="store_true",
+                   help="R's last layer gives a change that is added to the image (not the "
+                   "paper's)")
     p.add_argument("--layer", default="Conv2d_4a_3x3", help="psi_j of Eq 5, ours only")
     p.add_argument("--inception", default="imagenet", help="imagenet, random or a file")
     p.add_argument("--optimizer", choices=["adam", "momentum", "sgd"], default="adam",

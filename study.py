@@ -1,8 +1,8 @@
 """The study: does refining help on real images, and what is each part of the method good for?
 
 Runs the whole chain (`make stages`) once per seed, R and D and the segmentation network anew each
-time, and once per ablation, in which one thing differs from seed 0. Then it reports over the seeds:
-mean and spread on real images, the share of the gap closed, Tables 2 to 6, the ablations.
+time, and once per ablation, in which one thing differs from that seed. Then it reports over the
+seeds: mean and spread on real images, the share of the gap closed, Tables 2 to 6, the ablations.
 
 Reads   a GTA-V and a Cityscapes folder, as prepare.py does; what is finished is not run again
 Writes  study/NAME/          data, checkpoints, results of every run (large; not for git)
@@ -10,7 +10,7 @@ Writes  study/NAME/          data, checkpoints, results of every run (large; not
         results/study/study.md, study.json   the report
 
     python study.py --gta5 ~/gtav --cityscapes ~/cityscapes     about 3 core-hours
-    python study.py --gta5 ~/gtav --cityscapes ~/cityscapes --only seed1
+    python study.py --gta5 ~/gtav --cityscapes ~/cityscapes --only seed1 l1-seed1
     python study.py --report                                    from results/study alone
 
 The scale is for 2 cores: 40 x 80 whole frames, batch 4, 200 GAN steps, U-Net, 10 epochs.
@@ -33,11 +33,13 @@ GAN = ("--steps 200 --batch-size 4 --lr 3e-5 --sample-every 25 --save-every 25 "
        "--d-optimizer adam --d-lr 1e-4 --rec l2 --beta 6e-6")
 SEGMENT = "--epochs 10 --train synthetic colour simgan ours real"
 NETWORKS = {"unet": "U-Net", "deeplabv3plus": "DeepLabV3+"}
-ABLATIONS = {"l1": "--rec l1 --beta 4e-6", "no-history": "--history 0", "beta0": "--beta 0",
-             "alpha0": "--alpha 0", "last-step": "", "colour-first": ""}
-SAYS = {"seed0": "ours, as in the study", "l1": "L1 as in Eq 4 (beta 4e-6), not squares",
-        "no-history": "D sees no history", "beta0": "no L_rec (beta 0)",
-        "alpha0": "no adversarial term (alpha 0)", "last-step": "the last step, not the best",
+ABLATIONS = {"skip": "", "l1": "--rec l1 --beta 4e-6", "no-history": "--history 0",
+             "beta0": "--beta 0", "alpha0": "--alpha 0", "last-step": "", "colour-first": ""}
+OVER_SEEDS = ["skip"]                                  # by default; the others on seed 0 alone
+SAYS = {"": "ours, as in the study", "skip": "R adds a change to the image (`--skip`)",
+        "l1": "L1 as in Eq 4 (beta 4e-6), not squares", "no-history": "D sees no history",
+        "beta0": "no L_rec (beta 0)", "alpha0": "no adversarial term (alpha 0)",
+        "last-step": "the last step, not the best",
         "colour-first": "R and D start from colour-matched frames",
         "simgan": "no perceptual pre-training (SimGAN's L1)"}
 KEPT = ["results/*.md", "results/*.json", "results/table7.png", "runs/*/log.csv",
@@ -47,22 +49,36 @@ KEPT = ["results/*.md", "results/*.json", "results/table7.png", "runs/*/log.csv"
 # ----------------------------------------------------------------------------------- the runs
 
 
+def split(name):
+    """The ablation and the seed of a run: "seed2" is ("", 2), "l1" ("l1", 0), "l1-seed2"
+    ("l1", 2). ValueError if it is none."""
+    ablation, dash, seed = name.partition("-seed") if name[:4] != "seed" else ("", "", name[4:])
+    seed = seed if dash or not ablation else "0"
+    if not seed.isdecimal() or (ablation and ablation not in ABLATIONS) or (dash and seed == "0"):
+        raise ValueError(name)
+    return ablation, int(seed)
+
+
+def join(ablation, seed):
+    """The reverse of `split`."""
+    return f"{ablation}-seed{seed}" if ablation and seed else ablation or f"seed{seed}"
+
+
 def run(name, args):
     """One run of the chain under study/NAME; returns when its small results are kept."""
-    ablation = name in ABLATIONS
-    seed = 0 if ablation else int(name.removeprefix("seed"))
+    ablation, seed = split(name)
     base = args.base / name
     if ablation:
-        take_over(args.base / "seed0", base, name)
+        take_over(args.base / f"seed{seed}", base, ablation)
     variables = {
         "BASE": f"{base}/", "INCEPTION": args.inception,
         "PREPARE": f"--gta5 {args.gta5} --cityscapes {args.cityscapes} {PREPARE}",
-        "PRETRAIN": f"--seed {seed} {PRETRAIN}",
-        "GAN": f"--seed {seed} {GAN} {ABLATIONS.get(name, '')}",
+        "PRETRAIN": f"--seed {seed} {PRETRAIN}" + " --skip" * (ablation == "skip"),
+        "GAN": f"--seed {seed} {GAN} {ABLATIONS.get(ablation, '')}",
         "SEGMENT": f"--seeds {seed} --network {args.network} {SEGMENT}"
-                   + " --train ours" * ablation,
+                   + " --train ours" * bool(ablation),
         "REFINE": "ours" if ablation else "colour pretrained ours simgan",
-        "STEP": "last" if name == "last-step" else "gan"}
+        "STEP": "last" if ablation == "last-step" else "gan"}
     if any(not (base / f"results/segment_{n}.json").is_file() for n in networks(args.network)):
         (base / "runs/stamps/segment").unlink(missing_ok=True)     # asked for a further network
     done = subprocess.run(["make", "-C", str(Path(__file__).resolve().parent),
@@ -77,21 +93,22 @@ def networks(choice):
     return list(NETWORKS) if choice == "both" else [choice]
 
 
-def take_over(source, base, name):
-    """Start an ablation from what it shares with seed 0: the data and the pre-training; all of
-    the training (last-step); the data only, colour-matched (colour-first)."""
+def take_over(source, base, ablation):
+    """Start an ablation from what it shares with its seed: the data and the pre-training; all of
+    the training (last-step); the data only (skip), colour-matched (colour-first)."""
     stamps = base / "runs" / "stamps"
     if stamps.is_dir():
         return
-    if not (source / "runs/stamps/segment").is_file():
-        raise UserError(f"{source}: not finished; the ablations start from it (--only seed0)")
-    synthetic = "colour" if name == "colour-first" else "synthetic"
+    if not (source / "runs/stamps/evaluate").is_file():
+        raise UserError(f"{source}: not finished; {base.name} starts from it "
+                        f"(--only {source.name})")
+    synthetic = "colour" if ablation == "colour-first" else "synthetic"
     for domain, origin in (("synthetic", synthetic), ("real", "real")):
         shutil.copytree(source / "data" / origin, base / "data" / domain, dirs_exist_ok=True)
     files, stages = ["pretrain.pt"], ["prepare", "pretrain-ours"]
-    if name == "last-step":
+    if ablation == "last-step":
         files, stages = files + ["last.pt", "gan.pt", "log.csv"], stages + ["gan-ours"]
-    if name == "colour-first":
+    if ablation in ("colour-first", "skip"):
         files, stages = [], ["prepare"]
     (base / "runs/ours").mkdir(parents=True, exist_ok=True)
     for file in files:
@@ -116,11 +133,25 @@ def keep(base, out):
 # --------------------------------------------------------------------------------- the report
 
 
+def seeds_with(out, file, ablation=""):
+    """The seeds whose kept run has this file, ascending."""
+    names = {join(ablation, s): s for s in range(100)}
+    return sorted(names[p.parent.name] for p in out.glob(f"*/{file}") if p.parent.name in names)
+
+
 def on_real(folder, network="unet"):
     """{training domain: {"mIoU", "accuracy", "IoU"}} on real test images of one kept run."""
     record = json.loads((folder / f"segment_{network}.json").read_text())
     (by_domain,) = record["scores"].values()
     return {domain: row["real"] for domain, row in by_domain.items()}
+
+
+def seed_on_real(out, seed, seeds, network):
+    """`on_real` of a seed, and of every ablation that has all of `seeds`."""
+    file = f"segment_{network}.json"
+    return on_real(out / join("", seed), network) | {
+        f"ours, {a}": on_real(out / join(a, seed), network)["ours"] for a in ABLATIONS
+        if len(seeds) > 1 and set(seeds) <= set(seeds_with(out, file, a))}
 
 
 def mean_and_interval(values):
@@ -158,8 +189,7 @@ def markdown(head, rows):
 def gap_table(runs):
     """The table over the seeds: scores on real, and the share of the gap closed."""
     record, rows = {}, []
-    for d in [d for d in ("synthetic", "colour", "simgan", "ours", "real")
-              if all(d in r for r in runs)]:
+    for d in sorted(runs[0], key=lambda d: d == "real"):       # real is the last row
         row = {m: mean_and_interval([r[d][m] for r in runs]) for m in ("mIoU", "accuracy")}
         row |= {f"gap_{m}": mean_and_interval(gap_closed(runs, d, m)) for m in row}
         record[d] = row
@@ -171,25 +201,35 @@ def gap_table(runs):
 
 
 def difference_table(runs):
-    """Ours minus each other training domain, seed by seed: where 0 lies in the interval, these
-    seeds cannot tell the two apart."""
-    record, rows = {}, []
-    for other in [d for d in ("synthetic", "simgan", "colour") if all(d in r for r in runs)]:
-        found = {m: mean_and_interval([r["ours"][m] - r[other][m] for r in runs])
+    """Ours (and ablations over the seeds) minus each other training domain, seed by seed: where
+    0 lies in the interval, these seeds cannot tell the two apart."""
+    record, rows, others = {}, [], [d for d in runs[0] if d != "real"]
+    pairs = [(d, o) for i, d in enumerate(others) if d.startswith("ours") for o in others[:i]]
+    for domain, other in pairs:
+        found = {m: mean_and_interval([r[domain][m] - r[other][m] for r in runs])
                  for m in ("mIoU", "accuracy")}
-        record[f"ours - {other}"] = found
-        rows.append([f"ours - {other}"] + [
+        name = f"({domain}) - {other}".replace("(ours)", "ours")
+        record[name] = found
+        rows.append([name] + [
             f"{found[m]['mean']:+.{n}f}{interval(found[m], n)}"
             for m, n in (("mIoU", 3), ("accuracy", 1))])
     return record, markdown(["difference [95 %]", "mIoU on real", "accuracy on real, %"], rows)
 
 
-def quality_table(folders):
-    """Table 2 over the seeds: FID, KID and SSIM of every domain, seeds of R apart."""
-    records = [json.loads((f / "table2.json").read_text()) for f in folders]
+def quality_table(out):
+    """Table 2 over the seeds: FID, KID and SSIM of every domain, seeds of R apart; and of what
+    ours becomes by every ablation that has all of the seeds."""
+    seeds = seeds_with(out, "table2.json")
+    records = [json.loads((out / join("", s) / "table2.json").read_text()) for s in seeds]
     digits, record, rows = {"fid": 1, "kid": 1, "ssim": 3, "ssim_range1": 4}, {}, []
-    for d in [d for d in records[0]["rows"] if all(d in r["rows"] for r in records)]:
-        scores = [r["rows"][d]["scores"] for r in records]
+    found = {d: [r["rows"][d] for r in records] for d in records[0]["rows"]
+             if all(d in r["rows"] for r in records)}
+    for a in ABLATIONS:
+        if len(seeds) > 1 and set(seeds) <= set(seeds_with(out, "table2.json", a)):
+            found[f"ours, {a}"] = [json.loads((out / join(a, s) / "table2.json").read_text())
+                                   ["rows"]["ours"] for s in seeds]
+    for d in found:
+        scores = [row["scores"] for row in found[d]]
         record[d] = {m: mean_and_interval([s[m]["value"] * (1000 if m == "kid" else 1)
                                            for s in scores]) for m in digits if m in scores[0]}
         rows.append([d] + [cell(record[d][m], n) if m in record[d] else "-"
@@ -213,37 +253,37 @@ def one_run(folder, method, network):
 
 
 def ablations(out, network):
-    """One row each: seed 0 with one thing changed. SimGAN is the row without perceptual
+    """One row a run: a seed with one thing changed. SimGAN is the row without perceptual
     pre-training."""
-    rows = {"seed0": one_run(out / "seed0", "ours", network),
-            "simgan": one_run(out / "seed0", "simgan", network)}
-    rows |= {name: one_run(out / name, "ours", network) for name in ABLATIONS
-             if (out / name / f"segment_{network}.json").is_file()}
-    return rows, markdown(
-        ["seed 0", "mean abs(R(x) - x)", "D right on real, refined", "FID", "KID x 1000",
-         "mIoU on real", "accuracy on real, %"],
-        [[SAYS[name], f"{r['mean_change']:.3f}",
-          f"{r['d_acc_real']:.2f}, {r['d_acc_refined']:.2f}", f"{r['fid']:.1f}",
-          f"{r['kid']:.1f}", f"{r['mIoU']:.3f}", f"{r['accuracy']:.1f}"]
-         for name, r in rows.items()])
+    record, rows = {}, []
+    for ablation in ["", "simgan", *ABLATIONS]:
+        start_from, method = ("", "simgan") if ablation == "simgan" else (ablation, "ours")
+        for seed in seeds_with(out, f"segment_{network}.json", start_from):
+            r = one_run(out / join(start_from, seed), method, network)
+            record[f"{ablation or 'ours'}, seed {seed}"] = r
+            rows.append([SAYS[ablation], str(seed), f"{r['mean_change']:.3f}",
+                         f"{r['d_acc_real']:.2f}, {r['d_acc_refined']:.2f}", f"{r['fid']:.1f}",
+                         f"{r['kid']:.1f}", f"{r['mIoU']:.3f}", f"{r['accuracy']:.1f}"])
+    return record, markdown(
+        ["what was changed", "seed", "mean abs(R(x) - x)", "D right on real, refined", "FID",
+         "KID x 1000", "mIoU on real", "accuracy on real, %"], rows)
 
 
 def report_network(out, network):
     """The part of the report on one segmentation network; None where no seed has it."""
     file = f"segment_{network}.json"
-    folders = sorted(p.parent for p in out.glob(f"seed*/{file}"))
-    if not folders:
+    seeds = seeds_with(out, file)
+    if not seeds:
         return None, ""
-    runs = [on_real(f, network) for f in folders]
+    runs = [seed_on_real(out, s, seeds, network) for s in seeds]
     gaps, table = gap_table(runs)
     differences, second = difference_table(runs)
-    record = {"seeds": [f.name for f in folders], "on_real": gaps, "differences": differences}
-    text = (f"### {NETWORKS[network]}, {', '.join(record['seeds'])}\n\n{table}\n\n"
-            f"{second}\n\n")
-    if (out / "seed0" / file).is_file():
-        record["ablations"], table = ablations(out, network)
-        text += f"{table}\n\n"
-    scores = [next(iter(json.loads((f / file).read_text())["scores"].values())) for f in folders]
+    record = {"seeds": seeds, "on_real": gaps, "differences": differences}
+    record["ablations"], third = ablations(out, network)
+    text = (f"### {NETWORKS[network]}, seed {', '.join(map(str, seeds))}\n\n{table}\n\n"
+            f"{second}\n\n{third}\n\n")
+    scores = [next(iter(json.loads((out / join("", s) / file).read_text())["scores"].values()))
+              for s in seeds]
     for metric in ("mIoU", "accuracy"):
         text += segment.matrix_table(network, metric, scores, list(next(iter(
             scores[0].values())))) + "\n"
@@ -252,12 +292,11 @@ def report_network(out, network):
 
 def report(out):
     """results/study/study.{md,json} from the kept results; prints study.md."""
-    folders = sorted(p.parent for p in out.glob("seed*/table2.json"))
-    if not folders:
+    if not seeds_with(out, "table2.json"):
         raise UserError(f"{out}: no finished seed in it (seed*/table2.json); run study.py "
                         "without --report first")
     record = {}
-    record["quality"], table = quality_table(folders)
+    record["quality"], table = quality_table(out)
     text = ("± is the standard deviation over the seeds, [ ] a 95 % interval of their mean "
             f"(Student's t).\n\n{table}\n\n")
     for network in NETWORKS:
@@ -274,8 +313,8 @@ def arguments():
     p.add_argument("--cityscapes", type=Path, help="folder with leftImg8bit/ and gtFine/")
     p.add_argument("--inception", default="imagenet", help="imagenet, random or a file")
     p.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="one run each")
-    p.add_argument("--only", nargs="+", metavar="NAME", help="seedN, or an ablation: " +
-                   ", ".join(ABLATIONS))
+    p.add_argument("--only", nargs="+", metavar="NAME", help="seedN, an ablation of seed 0 (" +
+                   ", ".join(ABLATIONS) + ") or of another (NAME-seedN)")
     p.add_argument("--network", choices=[*NETWORKS, "both"], default="unet",
                    help="segmentation; asking for the other one later trains only that")
     p.add_argument("--base", type=Path, default=Path("study"), help="where the runs lie")
@@ -284,11 +323,15 @@ def arguments():
     args = p.parse_args()
     if not args.report and not (args.gta5 and args.cityscapes):
         p.error("--gta5 and --cityscapes are needed, or --report")
-    names = [f"seed{s}" for s in args.seeds] + list(ABLATIONS)
-    for name in args.only or []:
-        if name not in ABLATIONS and not name.removeprefix("seed").isdecimal():
-            p.error(f"--only {name}: wanted seedN or one of {', '.join(ABLATIONS)}")
+    names = [join("", s) for s in args.seeds] + list(ABLATIONS)
+    names += [join(a, s) for a in OVER_SEEDS for s in args.seeds if s]
     args.only = args.only or names
+    for name in args.only:
+        try:
+            split(name)
+        except ValueError:
+            p.error(f"--only {name}: wanted seedN, NAME or NAME-seedN (N above 0), NAME one of "
+                    f"{', '.join(ABLATIONS)}")
     args.base = args.base.resolve()                            # make runs in its own folder
     if args.inception not in ("imagenet", "random"):
         args.inception = Path(args.inception).resolve()

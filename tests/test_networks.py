@@ -61,6 +61,19 @@ def test_refiner_keeps_the_size_and_the_range(height, width):
     assert y.min() >= -1 and y.max() <= 1 and y.abs().max() > 0.99
 
 
+def test_a_skip_adds_the_change_to_the_image():
+    """With no change R is the identity, to the bit; and it never leaves [-1, 1]."""
+    net, x = Refiner(maps=8, blocks=1, skip=True), to_float(random_images(2, 40, 80))
+    with torch.no_grad():
+        changed = net(x)
+        assert changed.min() >= -1 and changed.max() <= 1 and not torch.equal(changed, x)
+        net.last.weight.zero_(), net.last.bias.zero_()
+        assert torch.equal(net(x), x)
+        net.last.bias.fill_(0.25)
+        assert torch.equal(net(x), (x + 0.25).clamp(max=1))
+    assert Refiner(**net.args).skip
+
+
 @pytest.mark.parametrize("size, patches", [((80, 160), (4, 7)), ((40, 80), (2, 4))])
 def test_discriminator_gives_two_logits_per_patch(size, patches):
     """Table 1 with SAME padding: every stride halves (or thirds) the map, rounded up."""

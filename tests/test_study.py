@@ -53,7 +53,7 @@ def test_gap_closed_and_its_interval(kept):
     assert "| ours | 0.160 ± 0.014 | 65.0 ± 0.0 | 60 [-67, 187] | 25 [25, 25] |" in out
     # 0.05 and 0.07 more than synthetic: 0.06 +- 12.706 x 0.0141 / sqrt(2)
     assert "| ours - synthetic | +0.060 [-0.067, 0.187] | +5.0 [5.0, 5.0] |" in out
-    assert "| D sees no history | 0.400 | 0.75, 0.50 | 11.0 | 20.0 | 0.110 | 61.0 |" in out
+    assert "| D sees no history | 0 | 0.400 | 0.75, 0.50 | 11.0 | 20.0 | 0.110 | 61.0 |" in out
     assert "beta 0" not in out
     assert "| ours | 12.0 ± 2.8 | 20.0 ± 0.0 | - | - |" in out              # Table 2
     assert "| ours | **0.160 ± 0.014** (0.14) |" in out and "| road | 0.100 ± 0.000 |" in out
@@ -66,7 +66,33 @@ def test_networks_are_reported_apart(kept):
     keep(kept / "seed0", {"synthetic": (0.1, 50.0), "simgan": (0.1, 50.0), "ours": (0.2, 51.0),
                           "real": (0.3, 52.0)}, network="deeplabv3plus")
     out, _ = call("study.py", "--report", "--out", ".", cwd=kept)
-    assert "### U-Net, seed0, seed1" in out and "### DeepLabV3+, seed0\n" in out
+    assert "### U-Net, seed 0, 1\n" in out and "### DeepLabV3+, seed 0\n" in out
+
+
+def test_an_ablation_over_all_seeds_joins_the_tables(kept):
+    """skip has both seeds: a row of the gap, of Table 2 and of the differences; no-history has
+    one, and only its own row."""
+    keep(kept / "skip", {"ours": (0.18, 70.0)}, fid=8.0)
+    assert "ours, skip" not in call("study.py", "--report", "--out", ".", cwd=kept)[0]
+    keep(kept / "skip-seed1", {"ours": (0.18, 70.0)}, fid=9.0)
+    out, _ = call("study.py", "--report", "--out", ".", cwd=kept)
+    assert "| ours, skip | 0.180 ± 0.000 | 70.0 ± 0.0 | 80 [80, 80] | 50 [50, 50] |" in out
+    assert "| ours, skip | 8.5 ± 0.7 |" in out
+    assert "| (ours, skip) - ours | +0.020 [-0.107, 0.147] | +5.0 [5.0, 5.0] |" in out
+    assert f"| {study.SAYS['skip']} | 1 | 0.400 |" in out
+    assert "ours, no-history" not in out
+
+
+@pytest.mark.parametrize("name, parts", [("seed12", ("", 12)), ("l1", ("l1", 0)),
+                                         ("no-history-seed2", ("no-history", 2))])
+def test_the_name_of_a_run(name, parts):
+    assert study.split(name) == parts and study.join(*parts) == name
+
+
+@pytest.mark.parametrize("name", ["seed", "l2", "l1-seed", "l1-seed0", "seedl1", "x-seed1"])
+def test_what_is_no_name_of_a_run(name):
+    with pytest.raises(ValueError):
+        study.split(name)
 
 
 def test_one_seed_has_no_interval():
@@ -88,7 +114,7 @@ def parsed(monkeypatch, stage, flags):
     return importlib.import_module(stage).arguments()
 
 
-@pytest.mark.parametrize("name", ["seed1", *study.ABLATIONS])
+@pytest.mark.parametrize("name", ["seed1", "skip-seed1", "l1-seed1", *study.ABLATIONS])
 def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     """make is asked once, with flags that parse; an ablation differs from seed 0 in one thing."""
     asked = []
@@ -96,11 +122,12 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
                         lambda command: asked.append(command) or SimpleNamespace(returncode=0))
     args = SimpleNamespace(base=tmp_path / "study", out=tmp_path / "out", gta5="g", cityscapes="c",
                            inception="random", network="unet")
-    if name in study.ABLATIONS:
-        with pytest.raises(UserError, match="seed0.*not finished"):
+    ablation, seed = study.split(name)
+    if ablation:
+        with pytest.raises(UserError, match=f"seed{seed}.*not finished"):
             study.run(name, args)
-        runs = tmp_path / "study/seed0/runs"
-        for file in ("stamps/segment", "ours/pretrain.pt", "ours/last.pt", "ours/gan.pt",
+        runs = tmp_path / f"study/seed{seed}/runs"
+        for file in ("stamps/evaluate", "ours/pretrain.pt", "ours/last.pt", "ours/gan.pt",
                      "ours/log.csv", "../data/synthetic/x", "../data/real/x", "../data/colour/x"):
             (runs / file).parent.mkdir(parents=True, exist_ok=True)
             (runs / file).write_text(file)
@@ -110,15 +137,17 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     pretrain = parsed(monkeypatch, "pretrain", variables["PRETRAIN"])
     segment = parsed(monkeypatch, "segment", variables["SEGMENT"])
     parsed(monkeypatch, "prepare", variables["PREPARE"] + " --out data")
-    assert gan.seed == pretrain.seed == segment.seeds[0] == (1 if name == "seed1" else 0)
-    plain = parsed(monkeypatch, "train_gan", "--seed 0 " + study.GAN)
-    assert (vars(gan) == vars(plain)) == (name in ("last-step", "colour-first"))
+    assert gan.seed == pretrain.seed == segment.seeds[0] == (1 if "seed1" in name else 0)
+    plain = parsed(monkeypatch, "train_gan", f"--seed {seed} {study.GAN}")
+    assert (vars(gan) == vars(plain)) == (ablation in ("", "skip", "last-step", "colour-first"))
+    assert pretrain.skip == (ablation == "skip")
     base = tmp_path / "study" / name
     assert (base / "runs/ours/last.pt").exists() == (name == "last-step")
-    assert (base / "runs/ours/pretrain.pt").exists() == (name not in ("seed1", "colour-first"))
-    if name in study.ABLATIONS:
+    assert (base / "runs/ours/pretrain.pt").exists() == (
+        ablation not in ("", "skip", "colour-first"))
+    if ablation:
         origin = "colour" if name == "colour-first" else "synthetic"
         assert (base / "data/synthetic/x").read_text().endswith(f"{origin}/x")
-    assert segment.train == (["synthetic", "colour", "simgan", "ours", "real"]
-                             if name == "seed1" else ["ours"])
+    assert segment.train == (["ours"] if ablation else
+                             ["synthetic", "colour", "simgan", "ours", "real"])
     assert segment.network == "unet"
