@@ -33,15 +33,19 @@ GAN = ("--steps 200 --batch-size 4 --lr 3e-5 --sample-every 25 --save-every 25 "
        "--d-optimizer adam --d-lr 1e-4 --rec l2 --beta 6e-6")
 SEGMENT = "--epochs 10 --train synthetic colour simgan ours real"
 NETWORKS = {"unet": "U-Net", "deeplabv3plus": "DeepLabV3+"}
-ABLATIONS = {"skip": "", "l1": "--rec l1 --beta 4e-6", "no-history": "--history 0",
-             "beta0": "--beta 0", "alpha0": "--alpha 0", "last-step": "", "colour-first": ""}
-OVER_SEEDS = ["skip"]                                  # by default; the others on seed 0 alone
-SAYS = {"": "ours, as in the study", "skip": "R adds a change to the image (`--skip`)",
-        "l1": "L1 as in Eq 4 (beta 4e-6), not squares", "no-history": "D sees no history",
-        "beta0": "no L_rec (beta 0)", "alpha0": "no adversarial term (alpha 0)",
-        "last-step": "the last step, not the best",
-        "colour-first": "R and D start from colour-matched frames",
-        "simgan": "no perceptual pre-training (SimGAN's L1)"}
+# What an ablation changes: flags of train_gan.py ("gan") or pretrain.py ("pretrain"), the images
+# that R starts from, the checkpoint that is used ("step").
+ABLATIONS = {
+    "l1": {"says": "L1 as in Eq 4 (beta 4e-6), not squares", "gan": "--rec l1 --beta 4e-6"},
+    "no-history": {"says": "D sees no history", "gan": "--history 0"},
+    "beta0": {"says": "no L_rec (beta 0)", "gan": "--beta 0"},
+    "alpha0": {"says": "no adversarial term (alpha 0)", "gan": "--alpha 0"},
+    "last-step": {"says": "the last step, not the best", "step": "last"},
+    "skip": {"says": "R adds a change to its input (`--skip`)", "pretrain": "--skip"},
+    "colour-first": {"says": "R and D start from colour-matched frames", "images": "colour"},
+    "colour-skip": {"says": "the last two together", "pretrain": "--skip", "images": "colour"}}
+SAYS = {"": "ours, as in the study", "simgan": "no perceptual pre-training (SimGAN's L1)",
+        **{name: change["says"] for name, change in ABLATIONS.items()}}
 KEPT = ["results/*.md", "results/*.json", "results/table7.png", "runs/*/log.csv",
         "runs/*/curves.png"]
 
@@ -67,18 +71,19 @@ def join(ablation, seed):
 def run(name, args):
     """One run of the chain under study/NAME; returns when its small results are kept."""
     ablation, seed = split(name)
+    change = ABLATIONS.get(ablation, {})
     base = args.base / name
     if ablation:
-        take_over(args.base / f"seed{seed}", base, ablation)
+        take_over(args.base / f"seed{seed}", base, change)
     variables = {
         "BASE": f"{base}/", "INCEPTION": args.inception,
         "PREPARE": f"--gta5 {args.gta5} --cityscapes {args.cityscapes} {PREPARE}",
-        "PRETRAIN": f"--seed {seed} {PRETRAIN}" + " --skip" * (ablation == "skip"),
-        "GAN": f"--seed {seed} {GAN} {ABLATIONS.get(ablation, '')}",
+        "PRETRAIN": f"--seed {seed} {PRETRAIN} {change.get('pretrain', '')}",
+        "GAN": f"--seed {seed} {GAN} {change.get('gan', '')}",
         "SEGMENT": f"--seeds {seed} --network {args.network} {SEGMENT}"
                    + " --train ours" * bool(ablation),
         "REFINE": "ours" if ablation else "colour pretrained ours simgan",
-        "STEP": "last" if ablation == "last-step" else "gan"}
+        "STEP": change.get("step", "gan")}
     if any(not (base / f"results/segment_{n}.json").is_file() for n in networks(args.network)):
         (base / "runs/stamps/segment").unlink(missing_ok=True)     # asked for a further network
     done = subprocess.run(["make", "-C", str(Path(__file__).resolve().parent),
@@ -93,23 +98,22 @@ def networks(choice):
     return list(NETWORKS) if choice == "both" else [choice]
 
 
-def take_over(source, base, ablation):
-    """Start an ablation from what it shares with its seed: the data and the pre-training; all of
-    the training (last-step); the data only (skip), colour-matched (colour-first)."""
+def take_over(source, base, change):
+    """Start an ablation from what it shares with its seed: the data, and as far as they are the
+    same the pre-training and the adversarial training."""
     stamps = base / "runs" / "stamps"
     if stamps.is_dir():
         return
     if not (source / "runs/stamps/evaluate").is_file():
         raise UserError(f"{source}: not finished; {base.name} starts from it "
                         f"(--only {source.name})")
-    synthetic = "colour" if ablation == "colour-first" else "synthetic"
-    for domain, origin in (("synthetic", synthetic), ("real", "real")):
+    for domain, origin in (("synthetic", change.get("images", "synthetic")), ("real", "real")):
         shutil.copytree(source / "data" / origin, base / "data" / domain, dirs_exist_ok=True)
-    files, stages = ["pretrain.pt"], ["prepare", "pretrain-ours"]
-    if ablation == "last-step":
+    files, stages = [], ["prepare"]
+    if not {"pretrain", "images"} & set(change):
+        files, stages = ["pretrain.pt"], ["prepare", "pretrain-ours"]
+    if "step" in change:
         files, stages = files + ["last.pt", "gan.pt", "log.csv"], stages + ["gan-ours"]
-    if ablation in ("colour-first", "skip"):
-        files, stages = [], ["prepare"]
     (base / "runs/ours").mkdir(parents=True, exist_ok=True)
     for file in files:
         shutil.copy(source / "runs/ours" / file, base / "runs/ours" / file)
@@ -324,7 +328,6 @@ def arguments():
     if not args.report and not (args.gta5 and args.cityscapes):
         p.error("--gta5 and --cityscapes are needed, or --report")
     names = [join("", s) for s in args.seeds] + list(ABLATIONS)
-    names += [join(a, s) for a in OVER_SEEDS for s in args.seeds if s]
     args.only = args.only or names
     for name in args.only:
         try:

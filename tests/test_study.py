@@ -139,14 +139,14 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     parsed(monkeypatch, "prepare", variables["PREPARE"] + " --out data")
     assert gan.seed == pretrain.seed == segment.seeds[0] == (1 if "seed1" in name else 0)
     plain = parsed(monkeypatch, "train_gan", f"--seed {seed} {study.GAN}")
-    assert (vars(gan) == vars(plain)) == (ablation in ("", "skip", "last-step", "colour-first"))
-    assert pretrain.skip == (ablation == "skip")
+    pretrained_anew = ("", "skip", "colour-first", "colour-skip")
+    assert (vars(gan) == vars(plain)) == (ablation in (*pretrained_anew, "last-step"))
+    assert pretrain.skip == ("skip" in ablation)
     base = tmp_path / "study" / name
     assert (base / "runs/ours/last.pt").exists() == (name == "last-step")
-    assert (base / "runs/ours/pretrain.pt").exists() == (
-        ablation not in ("", "skip", "colour-first"))
+    assert (base / "runs/ours/pretrain.pt").exists() == (ablation not in pretrained_anew)
     if ablation:
-        origin = "colour" if name == "colour-first" else "synthetic"
+        origin = "colour" if ablation.startswith("colour") else "synthetic"
         assert (base / "data/synthetic/x").read_text().endswith(f"{origin}/x")
     assert segment.train == (["ours"] if ablation else
                              ["synthetic", "colour", "simgan", "ours", "real"])
