@@ -41,6 +41,8 @@ ABLATIONS = {
     "beta0": {"says": "no L_rec (beta 0)", "gan": "--beta 0"},
     "alpha0": {"says": "no adversarial term (alpha 0)", "gan": "--alpha 0"},
     "last-step": {"says": "the last step, not the best", "step": "last"},
+    **{f"step-{n}": {"says": f"step {n}", "gan": f"--steps {n}", "step": "last"}
+       for n in (50, 100, 150)},
     "skip": {"says": "R adds a change to its input (`--skip`)", "pretrain": "--skip"},
     "colour-first": {"says": "R and D start from colour-matched frames", "images": "colour"},
     "colour-skip": {"says": "the last two together", "pretrain": "--skip", "images": "colour"}}
@@ -112,7 +114,7 @@ def take_over(source, base, change):
     files, stages = [], ["prepare"]
     if not {"pretrain", "images"} & set(change):
         files, stages = ["pretrain.pt"], ["prepare", "pretrain-ours"]
-    if "step" in change:
+    if "step" in change and "gan" not in change:
         files, stages = files + ["last.pt", "gan.pt", "log.csv"], stages + ["gan-ours"]
     (base / "runs/ours").mkdir(parents=True, exist_ok=True)
     for file in files:
