@@ -276,24 +276,27 @@ def ablations(out, network):
 
 
 def report_network(out, network):
-    """The part of the report on one segmentation network; None where no seed has it."""
+    """The record of one segmentation network, its tables over the seeds, and Tables 3 to 6 as
+    means over them; None where no seed has it."""
     file = f"segment_{network}.json"
     seeds = seeds_with(out, file)
     if not seeds:
-        return None, ""
+        return None, "", ""
+    title = f"### {NETWORKS[network]}, seed {', '.join(map(str, seeds))}\n\n"
     runs = [seed_on_real(out, s, seeds, network) for s in seeds]
     gaps, table = gap_table(runs)
     differences, second = difference_table(runs)
     record = {"seeds": seeds, "on_real": gaps, "differences": differences}
-    record["ablations"], third = ablations(out, network)
-    text = (f"### {NETWORKS[network]}, seed {', '.join(map(str, seeds))}\n\n{table}\n\n"
-            f"{second}\n\n{third}\n\n")
+    over_seeds = f"{title}{table}\n\n{second}\n\n"
+    if any(seeds_with(out, file, a) for a in ABLATIONS):
+        record["ablations"], table = ablations(out, network)
+        over_seeds += f"{table}\n\n"
     scores = [next(iter(json.loads((out / join("", s) / file).read_text())["scores"].values()))
               for s in seeds]
-    for metric in ("mIoU", "accuracy"):
-        text += segment.matrix_table(network, metric, scores, list(next(iter(
-            scores[0].values())))) + "\n"
-    return record, text + segment.class_table(scores) + "\n"
+    domains = list(next(iter(scores[0].values())))
+    matrices = [segment.matrix_table(network, metric, scores, domains)
+                for metric in ("mIoU", "accuracy")]
+    return record, over_seeds, title + "\n".join([*matrices, segment.class_table(scores), ""])
 
 
 def report(out):
@@ -305,9 +308,9 @@ def report(out):
     record["quality"], table = quality_table(out)
     text = ("± is the standard deviation over the seeds, [ ] a 95 % interval of their mean "
             f"(Student's t).\n\n{table}\n\n")
-    for network in NETWORKS:
-        record[network], part = report_network(out, network)
-        text += part
+    parts = {network: report_network(out, network) for network in NETWORKS}
+    record |= {network: part[0] for network, part in parts.items()}
+    text += "".join([part[1] for part in parts.values()] + [part[2] for part in parts.values()])
     write_text(out / "study.json", json.dumps(record, indent=1))
     write_text(out / "study.md", text.strip() + "\n")
     print(text)
