@@ -83,7 +83,7 @@ def run(name, args):
         "PREPARE": f"--gta5 {args.gta5} --cityscapes {args.cityscapes} {PREPARE}",
         "PRETRAIN": f"--seed {seed} {PRETRAIN} {change.get('pretrain', '')}",
         "GAN": f"--seed {seed} {GAN} {change.get('gan', '')}",
-        "SEGMENT": f"--seeds {seed} --network {args.network} {SEGMENT}"
+        "SEGMENT": f"--seeds {seed} --network {with_finished(args.network, base)} {SEGMENT}"
                    + " --train ours" * bool(ablation),
         "REFINE": "ours" if ablation else "colour pretrained ours simgan",
         "STEP": change.get("step", "gan")}
@@ -99,6 +99,13 @@ def run(name, args):
 
 def networks(choice):
     return list(NETWORKS) if choice == "both" else [choice]
+
+
+def with_finished(choice, base):
+    """"both" if the other network is finished: its weights are taken, and Table 7 has both."""
+    others = [n for n in NETWORKS if n not in networks(choice)]
+    finished = any((base / f"results/segment_{n}.json").is_file() for n in others)
+    return "both" if finished else choice
 
 
 def take_over(source, base, change):

@@ -151,3 +151,12 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     assert segment.train == (["ours"] if ablation else
                              ["synthetic", "colour", "simgan", "ours", "real"])
     assert segment.network == "unet"
+
+
+def test_a_further_network_is_shown_beside_the_first(tmp_path):
+    """U-Net finished, DeepLabV3+ asked for: both, so that Table 7 does not lose U-Net's column."""
+    assert study.with_finished("deeplabv3plus", tmp_path) == "deeplabv3plus"
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/segment_unet.json").touch()
+    assert study.with_finished("deeplabv3plus", tmp_path) == "both"
+    assert study.with_finished("unet", tmp_path) == "unet"
