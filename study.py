@@ -46,7 +46,8 @@ ABLATIONS = {
        for n in (50, 100, 150)},
     "skip": {"says": "R adds a change to its input (`--skip`)", "pretrain": "--skip"},
     "colour-first": {"says": "R and D start from colour-matched frames", "images": "colour"},
-    "colour-skip": {"says": "the last two together", "pretrain": "--skip", "images": "colour"}}
+    "colour-skip": {"says": "colour-matched frames and `--skip`", "pretrain": "--skip",
+                    "images": "colour"}}
 SAYS = {"": "ours, as in the study", "simgan": "no perceptual pre-training (SimGAN's L1)",
         **{name: change["says"] for name, change in ABLATIONS.items()}}
 KEPT = ["results/*.md", "results/*.json", "results/table7.png", "runs/*/log.csv",
@@ -149,8 +150,16 @@ def keep(base, out):
 
 def seeds_with(out, file, ablation=""):
     """The seeds whose kept run has this file, ascending."""
-    names = {join(ablation, s): s for s in range(100)}
-    return sorted(names[p.parent.name] for p in out.glob(f"*/{file}") if p.parent.name in names)
+    prefix = join(ablation, 1)[:-1]                              # "seed" or "l1-seed"
+    seeds = [p.parent.name.removeprefix(prefix) for p in out.glob(f"{prefix}*/{file}")]
+    first = [0] if ablation and (out / ablation / file).is_file() else []
+    return first + sorted(int(s) for s in seeds if s.isdecimal())
+
+
+def over_all(out, file, seeds):
+    """The ablations that have every one of two or more seeds: they join the tables over them."""
+    return [a for a in ABLATIONS
+            if len(seeds) > 1 and set(seeds) <= set(seeds_with(out, file, a))]
 
 
 def on_real(folder, network="unet"):
@@ -162,10 +171,9 @@ def on_real(folder, network="unet"):
 
 def seed_on_real(out, seed, seeds, network):
     """`on_real` of a seed, and of every ablation that has all of `seeds`."""
-    file = f"segment_{network}.json"
     return on_real(out / join("", seed), network) | {
-        f"ours, {a}": on_real(out / join(a, seed), network)["ours"] for a in ABLATIONS
-        if len(seeds) > 1 and set(seeds) <= set(seeds_with(out, file, a))}
+        f"ours, {a}": on_real(out / join(a, seed), network)["ours"]
+        for a in over_all(out, f"segment_{network}.json", seeds)}
 
 
 def mean_and_interval(values):
@@ -238,10 +246,9 @@ def quality_table(out):
     digits, record, rows = {"fid": 1, "kid": 1, "ssim": 3, "ssim_range1": 4}, {}, []
     found = {d: [r["rows"][d] for r in records] for d in records[0]["rows"]
              if all(d in r["rows"] for r in records)}
-    for a in ABLATIONS:
-        if len(seeds) > 1 and set(seeds) <= set(seeds_with(out, "table2.json", a)):
-            found[f"ours, {a}"] = [json.loads((out / join(a, s) / "table2.json").read_text())
-                                   ["rows"]["ours"] for s in seeds]
+    for a in over_all(out, "table2.json", seeds):
+        found[f"ours, {a}"] = [json.loads((out / join(a, s) / "table2.json").read_text())
+                               ["rows"]["ours"] for s in seeds]
     for d in found:
         scores = [row["scores"] for row in found[d]]
         record[d] = {m: mean_and_interval([s[m]["value"] * (1000 if m == "kid" else 1)

@@ -90,6 +90,13 @@ def test_segmenters_label_every_pixel(deeplab, height, width):
         assert deeplab(x).shape == (1, 19, height, width)
 
 
+def test_aspp_has_its_rates(deeplab):
+    """Section 3.3 of the DeepLabV3 paper: 6, 12 and 18 at output stride 16."""
+    convolutions = [branch[0] for branch in deeplab.aspp.convs[1:4]]
+    assert [(type(c), c.dilation, c.padding) for c in convolutions] == [
+        (AtrousConv, (r, r), (r, r)) for r in (6, 12, 18)]
+
+
 @pytest.mark.parametrize("size", [(3, 5), (5, 10), (10, 5), (7, 7)])
 def test_atrous_convolution_equals_the_whole_one(size):
     """Without the weights that meet only padding: the same values, the same gradients, and none

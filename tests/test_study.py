@@ -95,6 +95,16 @@ def test_what_is_no_name_of_a_run(name):
         study.split(name)
 
 
+def test_seeds_are_found_by_name(tmp_path):
+    """Any number of digits; other folders beside them are not seeds."""
+    for name in ("seed0", "seed123", "seeds", "long", "l1", "l1-seed2", "l1-seed10", "skip-seed1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "f").touch()
+    assert study.seeds_with(tmp_path, "f") == [0, 123]
+    assert study.seeds_with(tmp_path, "f", "l1") == [0, 2, 10]
+    assert study.seeds_with(tmp_path, "f", "skip") == [1]
+
+
 def test_one_seed_has_no_interval():
     assert study.mean_and_interval([3.0]) == {"mean": 3.0, "sd": None, "low": None, "high": None,
                                               "n": 1}
@@ -116,7 +126,7 @@ def parsed(monkeypatch, stage, flags):
 
 @pytest.mark.parametrize("name", ["seed1", "skip-seed1", "l1-seed1", *study.ABLATIONS])
 def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
-    """make is asked once, with flags that parse; an ablation differs from seed 0 in one thing."""
+    """make is asked once, with flags that parse; an ablation differs from its seed in one thing."""
     asked = []
     monkeypatch.setattr(study.subprocess, "run",
                         lambda command: asked.append(command) or SimpleNamespace(returncode=0))
