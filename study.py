@@ -34,16 +34,25 @@ GAN = ("--steps 200 --batch-size 4 --lr 3e-5 --sample-every 25 --save-every 25 "
        "--d-optimizer adam --d-lr 1e-4 --rec l2 --beta 6e-6")
 SEGMENT = "--epochs 10 --train synthetic colour simgan ours real"
 NETWORKS = {"unet": "U-Net", "deeplabv3plus": "DeepLabV3+"}
+D_AS_IN_PAPER = "--d-optimizer momentum --d-lr 1e-3"
 # What an ablation changes: flags of train_gan.py ("gan") or pretrain.py ("pretrain"), the images
 # that R starts from, the checkpoint that is used ("step").
 ABLATIONS = {
     "l1": {"says": "L1 as in Eq 4 (beta 4e-6), not squares", "gan": "--rec l1 --beta 4e-6"},
     "no-history": {"says": "D sees no history", "gan": "--history 0"},
+    "history-10": {"says": "a history of 10 batches, not 100", "gan": "--history 10"},
     "beta0": {"says": "no L_rec (beta 0)", "gan": "--beta 0"},
     "alpha0": {"says": "no adversarial term (alpha 0)", "gan": "--alpha 0"},
     "last-step": {"says": "the last step, not the best", "step": "last"},
     **{f"step-{n}": {"says": f"step {n}", "gan": f"--steps {n}", "step": "last"}
        for n in (50, 100, 150)},
+    "batch-8": {"says": "batches of 8, not 4", "gan": "--batch-size 8"},
+    "r-rate": {"says": "R at the paper's rate, 1e-4", "gan": "--lr 1e-4"},
+    "r-adam": {"says": "R by Adam, not SGD, at 1e-4", "gan": "--optimizer adam --lr 1e-4"},
+    "d-rate": {"says": "D at the paper's rate, 1e-3 (SGD with momentum, not Adam at 1e-4)",
+               "pretrain": D_AS_IN_PAPER, "gan": D_AS_IN_PAPER},
+    "relu": {"says": "D with the last ReLU of Table 1", "pretrain": "--final-relu"},
+    "layer": {"says": "psi up to Conv2d_2b_3x3, not 4a", "pretrain": "--layer Conv2d_2b_3x3"},
     "skip": {"says": "R adds a change to its input (`--skip`)", "pretrain": "--skip"},
     "colour-first": {"says": "R and D start from colour-matched frames", "images": "colour"},
     "colour-skip": {"says": "colour-matched frames and `--skip`", "pretrain": "--skip",
@@ -76,15 +85,16 @@ def run(name, args):
     """One run of the chain under study/NAME; returns when its small results are kept."""
     ablation, seed = split(name)
     change = ABLATIONS.get(ablation, {})
-    base = args.base / name
+    base, common = args.base / name, f"--seed {seed} --precision {args.precision}"
     if ablation:
         take_over(args.base / f"seed{seed}", base, change)
     variables = {
         "BASE": f"{base}/", "INCEPTION": args.inception,
         "PREPARE": f"--gta5 {args.gta5} --cityscapes {args.cityscapes} {PREPARE}",
-        "PRETRAIN": f"--seed {seed} {PRETRAIN} {change.get('pretrain', '')}",
-        "GAN": f"--seed {seed} {GAN} {change.get('gan', '')}",
-        "SEGMENT": f"--seeds {seed} --network {with_finished(args.network, base)} {SEGMENT}"
+        "PRETRAIN": f"{common} {PRETRAIN} {change.get('pretrain', '')}",
+        "GAN": f"{common} {GAN} {change.get('gan', '')}",
+        "SEGMENT": f"--seeds {seed} --precision {args.precision} {SEGMENT}"
+                   f" --network {with_finished(args.network, base)}"
                    + " --train ours" * bool(ablation),
         "REFINE": "ours" if ablation else "colour pretrained ours simgan",
         "STEP": change.get("step", "gan")}
@@ -341,6 +351,8 @@ def arguments():
                    ", ".join(ABLATIONS) + ") or of another (NAME-seedN)")
     p.add_argument("--network", choices=[*NETWORKS, "both"], default="unet",
                    help="segmentation; asking for the other one later trains only that")
+    p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32",
+                   help="of the networks (bfloat16 halves the time where the CPU has it)")
     p.add_argument("--base", type=Path, default=Path("study"), help="where the runs lie")
     p.add_argument("--out", type=Path, default=Path("results/study"), help="the small results")
     p.add_argument("--report", action="store_true", help="run nothing, report what is kept")

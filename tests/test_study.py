@@ -131,7 +131,7 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     monkeypatch.setattr(study.subprocess, "run",
                         lambda command: asked.append(command) or SimpleNamespace(returncode=0))
     args = SimpleNamespace(base=tmp_path / "study", out=tmp_path / "out", gta5="g", cityscapes="c",
-                           inception="random", network="unet")
+                           inception="random", network="unet", precision="bfloat16")
     ablation, seed = study.split(name)
     if ablation:
         with pytest.raises(UserError, match=f"seed{seed}.*not finished"):
@@ -148,9 +148,11 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     segment = parsed(monkeypatch, "segment", variables["SEGMENT"])
     parsed(monkeypatch, "prepare", variables["PREPARE"] + " --out data")
     assert gan.seed == pretrain.seed == segment.seeds[0] == (1 if "seed1" in name else 0)
-    plain = parsed(monkeypatch, "train_gan", f"--seed {seed} {study.GAN}")
-    pretrained_anew = ("", "skip", "colour-first", "colour-skip")
-    assert (vars(gan) == vars(plain)) == (ablation in (*pretrained_anew, "last-step"))
+    assert gan.precision == pretrain.precision == segment.precision == "bfloat16"
+    plain = parsed(monkeypatch, "train_gan", f"--seed {seed} --precision bfloat16 {study.GAN}")
+    pretrained_anew = ("", "skip", "colour-first", "colour-skip", "relu", "layer", "d-rate")
+    assert (vars(gan) == vars(plain)) == (ablation in (*pretrained_anew[:-1], "last-step"))
+    assert gan.d_optimizer == pretrain.d_optimizer and gan.d_lr == pretrain.d_lr
     assert pretrain.skip == ("skip" in ablation)
     base = tmp_path / "study" / name
     assert (base / "runs/ours/last.pt").exists() == (name == "last-step")
