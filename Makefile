@@ -44,6 +44,7 @@ study: .venv/installed
 	@test -n "$(GTA5)" -a -n "$(CITYSCAPES)" || { \
 	  echo "usage: make study GTA5=DIR CITYSCAPES=DIR [INCEPTION=imagenet|FILE]"; exit 2; }
 	$(PY) study.py --gta5 $(GTA5) --cityscapes $(CITYSCAPES) --inception $(INCEPTION)
+	$(PY) report.py
 
 clean-demo:
 	rm -rf demo

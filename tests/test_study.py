@@ -1,4 +1,4 @@
-"""study.py: the report against closed forms, and that its commands are ones the stages take."""
+"""study.py: its commands are ones the stages take; report.py: its tables against closed forms."""
 import importlib
 import json
 import shlex
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import call
 
+import report
 import study
 from prepare import UserError
 
@@ -41,7 +42,7 @@ def kept(tmp_path):
 
 
 def test_gap_closed_and_its_interval(kept):
-    out, _ = call("study.py", "--report", "--out", ".", cwd=kept)
+    out, _ = call("report.py", "--out", ".", cwd=kept)
     record = json.loads((kept / "study.json").read_text())
     on_real = record["unet"]["on_real"]
     gap = on_real["ours"]["gap_mIoU"]
@@ -53,34 +54,43 @@ def test_gap_closed_and_its_interval(kept):
     assert "| ours | 0.160 ± 0.014 | 65.0 ± 0.0 | 60 [-67, 187] | 25 [25, 25] |" in out
     # 0.05 and 0.07 more than synthetic: 0.06 +- 12.706 x 0.0141 / sqrt(2)
     assert "| ours - synthetic | +0.060 [-0.067, 0.187] | +5.0 [5.0, 5.0] |" in out
-    assert "| D sees no history | 0 | 0.400 | 0.75, 0.50 | 11.0 | 20.0 | 0.110 | 61.0 |" in out
+    assert ("| D sees no history | 0 | - | 0.400 | 0.75, 0.50 | 11.0 | 20.0 | 0.110 (-0.040) | "
+            "61.0 (-4.0) |") in out
     assert "beta 0" not in out
     assert "| ours | 12.0 ± 2.8 | 20.0 ± 0.0 | - | - |" in out              # Table 2
     assert "| ours | **0.160 ± 0.014** (0.14) |" in out and "| road | 0.100 ± 0.000 |" in out
     assert record["deeplabv3plus"] is None
-    assert out.strip().endswith((kept / "study.md").read_text().strip())
+    for file in ("study.md", "ablations.md"):
+        assert (kept / file).read_text().strip() in out
 
 
 def test_networks_are_reported_apart(kept):
     """DeepLabV3+ where a seed has it, with no spread where it is one seed."""
     keep(kept / "seed0", {"synthetic": (0.1, 50.0), "simgan": (0.1, 50.0), "ours": (0.2, 51.0),
                           "real": (0.3, 52.0)}, network="deeplabv3plus")
-    out, _ = call("study.py", "--report", "--out", ".", cwd=kept)
+    out, _ = call("report.py", "--out", ".", cwd=kept)
     assert "### U-Net, seed 0, 1\n" in out and "### DeepLabV3+, seed 0\n" in out
 
 
-def test_an_ablation_over_all_seeds_joins_the_tables(kept):
-    """skip has both seeds: a row of the gap, of Table 2 and of the differences; no-history has
-    one, and only its own row."""
+def test_an_ablation_beside_ours_of_the_same_seeds(kept):
+    """Seeds side by side, the step that was used, and the mean difference to ours."""
     keep(kept / "skip", {"ours": (0.18, 70.0)}, fid=8.0)
-    assert "ours, skip" not in call("study.py", "--report", "--out", ".", cwd=kept)[0]
     keep(kept / "skip-seed1", {"ours": (0.18, 70.0)}, fid=9.0)
-    out, _ = call("study.py", "--report", "--out", ".", cwd=kept)
-    assert "| ours, skip | 0.180 ± 0.000 | 70.0 ± 0.0 | 80 [80, 80] | 50 [50, 50] |" in out
-    assert "| ours, skip | 8.5 ± 0.7 |" in out
-    assert "| (ours, skip) - ours | +0.020 [-0.107, 0.147] | +5.0 [5.0, 5.0] |" in out
-    assert f"| {study.SAYS['skip']} | 1 | 0.400 |" in out
-    assert "ours, no-history" not in out
+    (kept / "skip-seed1/ours_refine.json").write_text('{"step": 125}')
+    out, _ = call("report.py", "--out", ".", cwd=kept)
+    assert (f"| {study.ABLATIONS['skip']['says']} | 0, 1 | - / 125 | 0.400 / 0.400 | "
+            "0.75, 0.50 / 0.75, 0.50 | 8.0 / 9.0 | 20.0 / 20.0 | 0.180 / 0.180 (+0.020) |") in out
+    assert "ours, as in the study | 0, 1 | - / - |" in out
+    # simgan - ours: mIoU -0.05, -0.07; skip - ours: 0.03, 0.01. Pooled over 2 degrees of freedom
+    # sd = 0.01414, so with t = 4.3027 and n = 2 the margin is 0.0430
+    record = json.loads((kept / "study.json").read_text())["unet"]["ablations"]["against_ours"]
+    assert record["mIoU"]["skip"]["mean"] == pytest.approx(0.02)
+    assert record["mIoU"]["skip"]["margin"] == pytest.approx(0.0430, abs=1e-4)
+    assert record["mIoU"]["no-history"]["margin"] == pytest.approx(0.0430 * 2 ** 0.5, abs=1e-4)
+    assert "0.100 / 0.100 (**-0.060**)" in out and record["accuracy"]["skip"]["margin"] is None
+    keep(kept / "no-history-seed1", {"ours": (0.13, 62.0)}, fid=11.0)
+    out, _ = call("report.py", "--out", ".", cwd=kept)
+    assert "chance explains (95 %; with most seeds 0.026 mIoU and 0.9 % accuracy)" in out
 
 
 @pytest.mark.parametrize("name, parts", [("seed12", ("", 12)), ("l1", ("l1", 0)),
@@ -100,21 +110,23 @@ def test_seeds_are_found_by_name(tmp_path):
     for name in ("seed0", "seed123", "seeds", "long", "l1", "l1-seed2", "l1-seed10", "skip-seed1"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "f").touch()
-    assert study.seeds_with(tmp_path, "f") == [0, 123]
-    assert study.seeds_with(tmp_path, "f", "l1") == [0, 2, 10]
-    assert study.seeds_with(tmp_path, "f", "skip") == [1]
+    assert report.seeds_with(tmp_path, "f") == [0, 123]
+    assert report.seeds_with(tmp_path, "f", "l1") == [0, 2, 10]
+    assert report.seeds_with(tmp_path, "f", "skip") == [1]
 
 
 def test_one_seed_has_no_interval():
-    assert study.mean_and_interval([3.0]) == {"mean": 3.0, "sd": None, "low": None, "high": None,
+    assert report.mean_and_interval([3.0]) == {"mean": 3.0, "sd": None, "low": None, "high": None,
                                               "n": 1}
 
 
 def test_mistakes(tmp_path):
-    for flags, words in ((["--report", "--out", "."], "no finished seed"), ([], "--gta5"),
-                         (["--gta5", "no", "--cityscapes", "no"], "no such folder"),
-                         (["--report", "--only", "beta1"], "--only beta1")):
-        _, err = call("study.py", *flags, cwd=tmp_path, status=2)
+    folders = ["--gta5", "no", "--cityscapes", "no"]
+    for script, flags, words in (("report.py", ["--out", "."], "no finished seed"),
+                                 ("study.py", [], "--gta5"),
+                                 ("study.py", folders, "no such folder"),
+                                 ("study.py", [*folders, "--only", "beta1"], "--only beta1")):
+        _, err = call(script, *flags, cwd=tmp_path, status=2)
         assert words in err and "Traceback" not in err
 
 
