@@ -150,7 +150,8 @@ def arguments():
     p.add_argument("--gta5", type=Path, help="folder with images/ and labels/")
     p.add_argument("--cityscapes", type=Path, help="folder with leftImg8bit/ and gtFine/")
     p.add_argument("--inception", default="imagenet", help="imagenet, random or a file")
-    p.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="one run each")
+    p.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="one run each, and "
+                   "for the first two every ablation")
     p.add_argument("--only", nargs="+", metavar="NAME", help="seedN, an ablation of seed 0 (" +
                    ", ".join(ABLATIONS) + ") or of another (NAME-seedN)")
     p.add_argument("--network", choices=[*NETWORKS, "both"], default="unet",
@@ -162,7 +163,8 @@ def arguments():
     args = p.parse_args()
     if not (args.gta5 and args.cityscapes):
         p.error("--gta5 and --cityscapes are needed (python report.py makes tables of what is run)")
-    names = [join("", s) for s in args.seeds] + list(ABLATIONS)
+    names = [join("", s) for s in args.seeds] + [join(a, s) for a in ABLATIONS
+                                                 for s in args.seeds[:2]]
     args.only = args.only or names
     for name in args.only:
         try:

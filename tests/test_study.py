@@ -99,6 +99,15 @@ def test_the_name_of_a_run(name, parts):
     assert study.split(name) == parts and study.join(*parts) == name
 
 
+def test_what_is_run_if_nothing_is_said(monkeypatch):
+    """Every seed, and the ablations of two of them; --only names others."""
+    folders = "--gta5 g --cityscapes c"
+    names = parsed(monkeypatch, "study", f"{folders} --seeds 0 3 4").only
+    assert names[:3] == ["seed0", "seed3", "seed4"] and names[3:5] == ["l1", "l1-seed3"]
+    assert len(names) == len(set(names)) == 3 + 2 * len(study.ABLATIONS)
+    assert parsed(monkeypatch, "study", f"{folders} --only l1-seed4").only == ["l1-seed4"]
+
+
 @pytest.mark.parametrize("name", ["seed", "l2", "l1-seed", "l1-seed0", "seedl1", "x-seed1"])
 def test_what_is_no_name_of_a_run(name):
     with pytest.raises(ValueError):
