@@ -39,7 +39,8 @@ ABLATIONS = {
     **{f"step-{n}": {"says": f"step {n}", "gan": f"--steps {n}", "step": "last"}
        for n in (50, 100, 150)},
     "steps-1000": {"says": "1000 steps, not 200", "gan": "--steps 1000"},
-    "steps-1000-last": {"says": "1000 steps, the last", "gan": "--steps 1000", "step": "last"},
+    **{f"steps-{n}-last": {"says": f"{n} steps, the last", "gan": f"--steps {n}", "step": "last"}
+       for n in (1000, 2000)},
     "batch-8": {"says": "batches of 8, not 4", "gan": "--batch-size 8"},
     "r-rate": {"says": "R at the paper's rate, 1e-4", "gan": "--lr 1e-4"},
     "r-adam": {"says": "R by Adam, not SGD, at 1e-4", "gan": "--optimizer adam --lr 1e-4"},
