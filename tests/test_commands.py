@@ -45,14 +45,14 @@ def test_the_readmes_files_exist():
 
 @pytest.mark.parametrize("table, until", [
     ("demo/table2", ""), ("demo/segment_unet", "IoU per class"), ("bench", ""),
-    ("study/study", "mIoU (fraction)"), ("study/ablations", "")])
+    ("study/study", "mIoU (fraction)"), ("study/ablations", ""), ("settings/ablations", "")])
 def test_the_readmes_tables_are_the_results(table, until):
     """Every number of the tables comes from a file that a command wrote; what follows `until`
     stands there only."""
     text = (ROOT / f"results/{table}.md").read_text(encoding="utf-8")
     rows = [r for r in (text.split(until)[0] if until else text).splitlines() if r[:1] == "|"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert len(rows) > 10 and not [row for row in rows if row not in readme]
+    assert len(rows) > 8 and not [row for row in rows if row not in readme]
 
 
 @pytest.mark.parametrize("table", ["first", "demo"])
