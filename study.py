@@ -7,7 +7,7 @@ Reads   a GTA-V and a Cityscapes folder, as prepare.py does; what is finished is
 Writes  study/NAME/          data, checkpoints, results of every run (large; not for git)
         results/study/NAME/  the small results of every run: tables, logs, pictures
 
-    python study.py --gta5 ~/gtav --cityscapes ~/cityscapes     about 4 core-hours
+    python study.py --gta5 ~/gtav --cityscapes ~/cityscapes     about 10 core-hours
     python study.py --gta5 ~/gtav --cityscapes ~/cityscapes --only seed1 l1-seed1
     python report.py                                            then: the tables over all of it
 
