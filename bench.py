@@ -189,7 +189,7 @@ def gan_step(size, n, device, precision="float32", compile=False):
     args = SimpleNamespace(
         run="bench", precision=precision, compile=compile, optimizer="sgd", lr=1e-4,
         d_optimizer="momentum", d_lr=1e-3, seed=0, history=2, batch_size=n, alpha=50, beta=4e-6,
-        rec_batch=512, rec="l1")
+        rec_batch=512, rec="l1", average=200)
     source = {"stage": "pretrain"}
     for name, net in (("refiner", Refiner()), ("discriminator", Discriminator())):
         source |= {name: net.state_dict(), f"{name}_args": net.args}

@@ -66,7 +66,7 @@ def load_refiner(args, device):
         real = args.data.parent / "real" / "train"
         R = ColourMatch(load_images(args.data / "train"), load_images(real))
         return R, {"checkpoint": f"colour statistics of {real}", "step": 0}
-    state = load_checkpoint(args.checkpoint, ["pretrain", "gan", "best"],
+    state = load_checkpoint(args.checkpoint, ["pretrain", "gan", "best", "average"],
                             f"run train_gan.py --method {args.method} first")
     R = speed_up(rebuild(Refiner, state, "refiner", args.checkpoint), device)
     digest = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:16]

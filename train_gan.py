@@ -5,6 +5,7 @@
 
 Reads   data/{synthetic,real}, runs/METHOD/pretrain.pt
 Writes  runs/METHOD/gan.pt      R at the best step by the paper's rule: what refine.py takes
+        runs/METHOD/average.pt  R with its weights averaged over the last steps
         runs/METHOD/last.pt     everything to go on from (--resume)
         runs/METHOD/log.csv     one row a step; the README explains every column
         runs/METHOD/curves.png  Figure 1;  runs/METHOD/samples/step_NNNNNN.png
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.func import functional_call
 from tqdm import tqdm
 
 from models import (Discriminator, Refiner, announce, keep_on, learning_layout, load_checkpoint,
@@ -138,6 +140,17 @@ def update_D(R, D, optimizer, x, y, history, n_old):
             (logits_refined.argmax(1) == REFINED).float().mean())
 
 
+@torch.no_grad()
+def take_average(average, R, n):
+    """Move `average`, {name: tensor}, towards R's weights by 1/n, in place.
+
+    With n = 1, 2, ... N, N, ... it is the mean of all steps at first, then a running one over
+    about the last N (Yazici et al. 2019): R and D chase each other, and this is the middle.
+    """
+    for name, weight in R.state_dict().items():
+        average[name].lerp_(weight, 1 / n)
+
+
 def gan_step(run, synthetic, real):
     """One step of section 3.3: twice R, then once D; images uint8 [N, 3, H, W]. Returns the
     first columns of the log as a tensor: reading numbers here would make the host wait."""
@@ -149,6 +162,7 @@ def gan_step(run, synthetic, real):
     d_values = update_D(run.R, run.D, run.optimizer_D, run.batch(synthetic, n - n_old),
                         run.batch(real, n), run.history, n_old)
     run.step += 1
+    take_average(run.average, run.R, min(run.step, args.average))
     return torch.stack([adv, rec, *d_values, change, torch.full_like(adv, len(run.history))])
 
 
@@ -156,13 +170,16 @@ def gan_step(run, synthetic, real):
 
 
 @torch.no_grad()
-def sample(R, pairs, path, device):
+def sample(run, pairs):
     """Save a picture of fixed synthetic test images; return their mean SSIM, refined, to fixed
     real ones (for Figure 1; it chooses nothing). pairs: two uint8 [N, 3, H, W]."""
-    refined = torch.cat([to_uint8(R(to_float(x.to(device)))).cpu() for x in pairs[0].split(8)])
+    refined = torch.cat([to_uint8(run.R(to_float(x.to(run.device)))).cpu()
+                         for x in pairs[0].split(8)])
     x, y, r = pairs[0][:6], pairs[1][:6], refined[:6]
-    save_grid(path, {"synthetic": x, "refined": r, "real": y,
-                     "|difference|": (r.int() - x.int()).abs().to(torch.uint8)})
+    averaged = functional_call(run.R, run.average, to_float(x.to(run.device)))
+    save_grid(run.args.run / f"samples/step_{run.step:06d}.png",
+              {"synthetic": x, "refined": r, "averaged R": to_uint8(averaged).cpu(), "real": y,
+               "|difference|": (r.int() - x.int()).abs().to(torch.uint8)})
     return ssim(refined, pairs[1]).mean().item()
 
 
@@ -223,7 +240,7 @@ class Run:
         self.optimizer_D = make_optimizer(args.d_optimizer, self.D.parameters(), args.d_lr)
         self.random = torch.Generator().manual_seed(args.seed)   # the only source of randomness
         self.history = History(args.history * args.batch_size, self.random)
-        self.step, self.log = 0, []
+        self.step, self.log, self.average = 0, [], self.weights()
         self.best = {"step": 0, "score": -math.inf, "refiner": {}}
         if source["stage"] == "gan":
             self.optimizer_R.load_state_dict(source["optimizer_R"])
@@ -231,6 +248,11 @@ class Run:
             self.random.set_state(source["random"])
             self.history.images = source["history"].to(device)
             self.step, self.log, self.best = source["step"], source["log"], source["best"]
+            self.average = {k: v.to(device) for k, v in source["average"].items()}
+
+    def weights(self):
+        """A copy of R's weights."""
+        return {k: v.clone() for k, v in self.R.state_dict().items()}
 
     def batch(self, images, n):
         """n random images of uint8 [N, 3, H, W] as network input."""
@@ -246,18 +268,22 @@ class Run:
         """Keep R if the log rows of `window` score higher than all before."""
         if score(window) > self.best["score"]:
             self.best = {"step": self.step, "score": score(window),
-                         "refiner": {k: v.clone() for k, v in self.R.state_dict().items()}}
+                         "refiner": self.weights()}
 
     def save(self, settings):
-        """Write log.csv, gan.pt (once there is a best step) and last.pt, each one whole."""
+        """Write log.csv, gan.pt (once there is a best step), average.pt and last.pt, each one
+        whole."""
         rows = [[str(i + 1)] + [f"{v:.6g}" for v in row] for i, row in enumerate(self.log)]
         write_text(self.args.run / "log.csv",
                    "".join(",".join(row) + "\n" for row in [["step"] + COLUMNS] + rows))
         if self.best["step"]:
             save_checkpoint(self.args.run / "gan.pt", "best", settings=settings,
                             refiner_args=self.R.args, **self.best)
+        save_checkpoint(self.args.run / "average.pt", "average", settings=settings,
+                        step=self.step, refiner_args=self.R.args, refiner=self.average)
         save_checkpoint(self.args.run / "last.pt", "gan", settings=settings, step=self.step,
-                        log=self.log, best=self.best, history=self.history.images.cpu(),
+                        log=self.log, best=self.best, average=self.average,
+                        history=self.history.images.cpu(),
                         refiner_args=self.R.args, refiner=self.R.state_dict(),
                         discriminator_args=self.D.args, discriminator=self.D.state_dict(),
                         optimizer_R=self.optimizer_R.state_dict(),
@@ -281,6 +307,8 @@ def arguments():
     p.add_argument("--history", type=int, default=100, help="capacity in batches; 0: none")
     p.add_argument("--rec-batch", type=positive(int), default=512,
                    help="images over which L_rec is summed, whatever the batch size")
+    p.add_argument("--average", type=positive(int), default=200,
+                   help="steps over which R's weights are averaged for average.pt")
     p.add_argument("--rec", choices=["l1", "l2"], default="l1", help="L_rec; (paper) l1")
     p.add_argument("--optimizer", choices=["adam", "momentum", "sgd"], default="sgd",
                    help="(paper) of R; momentum is SGD with 0.9")
@@ -349,8 +377,7 @@ def main():
             bar.set_postfix_str(f"adv {adv:.2f} |R(x)-x| {change:.3f} D real {d_real:.2f} "
                                 f"refined {d_refined:.2f}", refresh=False)
         if look or last:
-            run.log[-1][-1] = sample(run.R, pairs, args.run / f"samples/step_{run.step:06d}.png",
-                                     device)
+            run.log[-1][-1] = sample(run, pairs)
             watch(run.log[-args.sample_every:], run.step, said)
             if run.step > warm_up:
                 run.judge(run.log[-args.sample_every:])

@@ -132,6 +132,21 @@ def test_alpha_and_beta_weigh_their_own_term(players, alpha, beta):
     assert values[-1][0 if alpha else 1] < values[0][0 if alpha else 1]
 
 
+def test_the_average_of_R(players):
+    """n = 1, 2, 3: the mean of what was seen; n = N from then on: exponential weights."""
+    R, average = players[0], {name: torch.zeros_like(w) for name, w in
+                              players[0].state_dict().items()}
+    for n, value in ((1, 3.0), (2, 5.0), (3, 10.0)):
+        for weight in R.parameters():
+            torch.nn.init.constant_(weight, value)
+        train_gan.take_average(average, R, n)
+    assert all(torch.allclose(w, torch.tensor(6.0)) for w in average.values())
+    for _ in range(2):                                     # 6 -> 10 with weight 1/4, twice
+        train_gan.take_average(average, R, 4)
+    assert all(torch.allclose(w, torch.tensor(10 - 4 * 0.75 ** 2)) for w in average.values())
+    assert all((w == 10).all() for w in R.parameters())
+
+
 # ----------------------------------------------------------------- a run by the command line
 
 
@@ -165,6 +180,21 @@ def test_gan_pt_is_the_step_of_the_papers_rule(trained):
     best = load_checkpoint(trained / "runs/ours/gan.pt", ["best"], "")
     assert best["step"] == max(value, key=value.get)
     assert best["score"] == pytest.approx(max(value.values()), rel=1e-3)
+
+
+def test_average_pt_changes_nothing_and_is_one_that_refine_takes(trained, fresh):
+    """Over one step it is R itself; over more it is not, while R and the log are the same."""
+    call("train_gan.py", "--steps", 18, *GAN, "--history", 3, "--lr", 1e-3, "--average", 1,
+         cwd=fresh)
+    runs = [cwd / "runs/ours" for cwd in (trained, fresh)]
+    of_200, of_1 = (load_checkpoint(run / "average.pt", ["average"], "")["refiner"] for run in runs)
+    last, again = (load_checkpoint(run / "last.pt", ["gan"], "")["refiner"] for run in runs)
+    assert all(torch.equal(last[name], again[name]) for name in last)
+    assert all(torch.equal(of_1[name], last[name]) for name in last)
+    assert not any(torch.equal(of_200[name], last[name]) for name in last)
+    out, _ = call("refine.py", "--checkpoint", "runs/ours/average.pt", "--out", "data/averaged",
+                  cwd=trained)
+    assert "(step 18)" in out and len(list((trained / "data/averaged/test/images").iterdir()))
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_by_accident(trained):

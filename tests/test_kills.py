@@ -73,7 +73,8 @@ def test_a_gan_killed_at_random_moments_equals_one_that_was_not(fresh):
     state, log, samples and the best step are the same."""
     undisturbed = start("train_gan.py", *GAN, cwd=fresh)               # at the same time
     shutil.copytree(fresh / "runs/ours", fresh / "runs/again",
-                    ignore=lambda *_: {"last.pt", "gan.pt", "samples", "log.csv", ".lock"})
+                    ignore=shutil.ignore_patterns("last.pt", "gan.pt", "average.pt", "samples",
+                                                  "log.csv", ".lock"))
     moments = [random.Random(3).uniform(0, 1.5) for _ in range(5)]
     met, halves = kill_and_resume(
         ["train_gan.py", *GAN, "--run", "runs/again"], fresh / "runs/again/last.pt",
@@ -82,7 +83,8 @@ def test_a_gan_killed_at_random_moments_equals_one_that_was_not(fresh):
     assert undisturbed.wait() == 0
     a, b = fresh / "runs/ours", fresh / "runs/again"
     assert equal(*(without_clock(load_checkpoint(r / "last.pt", ["gan"], "")) for r in (a, b)))
-    assert equal(*(load_checkpoint(r / "gan.pt", ["best"], "") for r in (a, b)))
+    for name, stage in (("gan.pt", "best"), ("average.pt", "average")):
+        assert equal(*(load_checkpoint(r / name, [stage], "") for r in (a, b)))
     assert rows_of(a / "log.csv") == rows_of(b / "log.csv")
     samples = {p.name: p.read_bytes() for p in (a / "samples").iterdir()}
     assert samples == {p.name: p.read_bytes() for p in (b / "samples").iterdir()}
