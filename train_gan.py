@@ -98,11 +98,11 @@ def watch(rows, step, said):
 # --------------------------------------------------------------- the two updates, section 3.3
 
 
-def update_R(R, D, optimizer, x, alpha, beta, rec_batch, rec="l1"):
+def update_R(R, D, optimizer, x, alpha, beta, rec_batch, rec="l2"):
     """One step of R on L_R with D fixed; x: synthetic images in [-1, 1], [N, 3, H, W].
 
     rec: "l1" as in Eq 4; "l2", squares. Where all of a bright image must get darker, L1 has the
-    same slope for every result, and so does not mind if contrast is lost; squares do.
+    same slope for every result, and so does not mind if contrast is lost; squares do (README).
     Returns L_adv, L_rec and mean |R(x) - x|, three scalars.
     """
     D.requires_grad_(False)
@@ -110,7 +110,7 @@ def update_R(R, D, optimizer, x, alpha, beta, rec_batch, rec="l1"):
     loss_adv = patch_loss(D(refined), REAL)                           # Eq 3: -log(1 - D(x'))
     change = (refined - x).abs().mean()
     distance = change if rec == "l1" else (refined - x).square().mean()
-    loss_rec = rec_batch * VALUES * distance                          # Eq 4: a sum
+    loss_rec = rec_batch * VALUES * distance                          # Eq 4 (l1): a sum
     loss_R = alpha * loss_adv + beta * loss_rec                       # Eq 2
     optimizer.zero_grad()
     loss_R.backward()
@@ -309,7 +309,8 @@ def arguments():
                    help="images over which L_rec is summed, whatever the batch size")
     p.add_argument("--average", type=positive(int), default=200,
                    help="steps over which R's weights are averaged for average.pt")
-    p.add_argument("--rec", choices=["l1", "l2"], default="l1", help="L_rec; (paper) l1")
+    p.add_argument("--rec", choices=["l1", "l2"], default="l2",
+                   help="L_rec: squares, or (paper) l1, which blurs")
     p.add_argument("--optimizer", choices=["adam", "momentum", "sgd"], default="sgd",
                    help="(paper) of R; momentum is SGD with 0.9")
     p.add_argument("--d-optimizer", choices=["adam", "momentum", "sgd"], default="momentum",
