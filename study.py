@@ -14,38 +14,36 @@ Writes  study/NAME/          data, checkpoints, results of every run (large; not
 The scale is for 2 cores: 40 x 80 whole frames, batch 4, 200 GAN steps, U-Net, 10 epochs.
 DeepLabV3+ (--network deeplabv3plus) adds 36 minutes of a core to a seed, 7 to an ablation.
 """
+import json
 import shutil
 import subprocess
 from pathlib import Path
 
-from prepare import UserError, lock, natural, parser, start
+from prepare import UserError, lock, natural, parser, positive, start
 
 PREPARE = "--crop none --size 40 80"
-PRETRAIN = "--steps 200 --d-steps 60 --batch-size 8 --lr 2e-4 --d-optimizer adam --d-lr 1e-4"
-GAN = ("--steps 200 --batch-size 4 --lr 3e-5 --sample-every 25 --save-every 25 "
-       "--d-optimizer adam --d-lr 1e-4 --rec l2 --beta 6e-6")
-SEGMENT = "--epochs 10 --train synthetic colour simgan ours real"
+PRETRAIN = "--steps 200 --batch-size 8 --lr 2e-4"
+GAN = "--steps 1000 --batch-size 4 --sample-every 50 --save-every 50"
+SEGMENT = "--train synthetic colour simgan ours real"
 NETWORKS = {"unet": "U-Net", "deeplabv3plus": "DeepLabV3+"}
-D_AS_IN_PAPER = "--d-optimizer momentum --d-lr 1e-3"
+D_BY_ADAM = "--d-optimizer adam --d-lr 1e-4"
 # What an ablation changes: flags of train_gan.py ("gan") or pretrain.py ("pretrain"), the images
 # that R starts from, the checkpoint that is used ("step").
 ABLATIONS = {
-    "l1": {"says": "L1 as in Eq 4 (beta 4e-6), not squares", "gan": "--rec l1 --beta 4e-6"},
+    "l1": {"says": "L1 as in Eq 4, not squares", "gan": "--rec l1"},
     "no-history": {"says": "D sees no history", "gan": "--history 0"},
     "history-10": {"says": "a history of 10 batches, not 100", "gan": "--history 10"},
     "beta0": {"says": "no L_rec (beta 0)", "gan": "--beta 0"},
     "alpha0": {"says": "no adversarial term (alpha 0)", "gan": "--alpha 0"},
-    "last-step": {"says": "the last step, not the best", "step": "last"},
-    **{f"step-{n}": {"says": f"step {n}", "gan": f"--steps {n}", "step": "last"}
-       for n in (50, 100, 150)},
-    "steps-1000": {"says": "1000 steps, not 200", "gan": "--steps 1000"},
-    **{f"steps-{n}-last": {"says": f"{n} steps, the last", "gan": f"--steps {n}", "step": "last"}
-       for n in (1000, 2000)},
+    "rule": {"says": "the step that the paper's rule picks, not the average", "step": "gan"},
+    "last-step": {"says": "the last step, not the average", "step": "last"},
+    **{f"steps-{n}": {"says": f"{n} steps, not 1000", "gan": f"--steps {n}"}
+       for n in (200, 500, 2000)},
     "batch-8": {"says": "batches of 8, not 4", "gan": "--batch-size 8"},
-    "r-rate": {"says": "R at the paper's rate, 1e-4", "gan": "--lr 1e-4"},
-    "r-adam": {"says": "R by Adam, not SGD, at 1e-4", "gan": "--optimizer adam --lr 1e-4"},
-    "d-rate": {"says": "D at the paper's rate, 1e-3 (SGD with momentum, not Adam at 1e-4)",
-               "pretrain": D_AS_IN_PAPER, "gan": D_AS_IN_PAPER},
+    "r-rate": {"says": "R at 3e-5, not 1e-4", "gan": "--lr 3e-5"},
+    "r-adam": {"says": "R by Adam, not SGD", "gan": "--optimizer adam"},
+    "d-adam": {"says": "D by Adam at 1e-4, not SGD with momentum at 1e-3",
+               "pretrain": D_BY_ADAM, "gan": D_BY_ADAM},
     "relu": {"says": "D with the last ReLU of Table 1", "pretrain": "--final-relu"},
     "layer": {"says": "psi up to Conv2d_2b_3x3, not 4a", "pretrain": "--layer Conv2d_2b_3x3"},
     "skip": {"says": "R adds a change to its input (`--skip`)", "pretrain": "--skip"},
@@ -86,11 +84,11 @@ def run(name, args):
         "PREPARE": f"--gta5 {args.gta5} --cityscapes {args.cityscapes} {PREPARE}",
         "PRETRAIN": f"{common} {PRETRAIN} {change.get('pretrain', '')}",
         "GAN": f"{common} {GAN} {change.get('gan', '')}",
-        "SEGMENT": f"--seeds {seed} --precision {args.precision} {SEGMENT}"
-                   f" --network {with_finished(args.network, base)}"
+        "SEGMENT": f"--seeds {seed} --precision {args.precision} --epochs {args.epochs} {SEGMENT}"
+                   f" --network {with_finished(args.network, base, args.epochs)}"
                    + " --train ours" * bool(ablation),
         "REFINE": "ours" if ablation else "colour pretrained ours simgan",
-        "STEP": change.get("step", "gan")}
+        "STEP": change.get("step", "average")}
     if any(not (base / f"results/segment_{n}.json").is_file() for n in networks(args.network)):
         (base / "runs/stamps/segment").unlink(missing_ok=True)     # asked for a further network
     done = subprocess.run(["make", "-C", str(Path(__file__).resolve().parent),
@@ -105,11 +103,14 @@ def networks(choice):
     return list(NETWORKS) if choice == "both" else [choice]
 
 
-def with_finished(choice, base):
-    """"both" if the other network is finished: its weights are taken, and Table 7 has both."""
-    others = [n for n in NETWORKS if n not in networks(choice)]
-    finished = any((base / f"results/segment_{n}.json").is_file() for n in others)
-    return "both" if finished else choice
+def with_finished(choice, base, epochs):
+    """"both" if the other network is finished after as many epochs: its weights are taken, and
+    Table 7 has both."""
+    for file in base.glob("results/segment_*.json"):
+        if file.stem.removeprefix("segment_") not in networks(choice):
+            same = json.loads(file.read_text())["settings"]["epochs"] == epochs
+            return "both" if same else choice
+    return choice
 
 
 def take_over(source, base, change):
@@ -127,7 +128,7 @@ def take_over(source, base, change):
     if not {"pretrain", "images"} & set(change):
         files, stages = ["pretrain.pt"], ["prepare", "pretrain-ours"]
     if "step" in change and "gan" not in change:
-        files, stages = files + ["last.pt", "gan.pt", "log.csv"], stages + ["gan-ours"]
+        files, stages = files + ["last.pt", "gan.pt", "average.pt", "log.csv"], stages + ["gan-ours"]
     (base / "runs/ours").mkdir(parents=True, exist_ok=True)
     for file in files:
         shutil.copy(source / "runs/ours" / file, base / "runs/ours" / file)
@@ -159,6 +160,7 @@ def arguments():
                    ", ".join(ABLATIONS) + ") or of another (NAME-seedN)")
     p.add_argument("--network", choices=[*NETWORKS, "both"], default="unet",
                    help="segmentation; asking for the other one later trains only that")
+    p.add_argument("--epochs", type=positive(int), default=30, help="of segmentation")
     p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32",
                    help="of the networks (bfloat16 halves the time where the CPU has it)")
     p.add_argument("--base", type=Path, default=Path("study"), help="where the runs lie")
