@@ -152,14 +152,14 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     monkeypatch.setattr(study.subprocess, "run",
                         lambda command: asked.append(command) or SimpleNamespace(returncode=0))
     args = SimpleNamespace(base=tmp_path / "study", out=tmp_path / "out", gta5="g", cityscapes="c",
-                           inception="random", network="unet", precision="bfloat16")
+                           inception="random", network="unet", precision="bfloat16", epochs=12)
     ablation, seed = study.split(name)
     if ablation:
         with pytest.raises(UserError, match=f"seed{seed}.*not finished"):
             study.run(name, args)
         runs = tmp_path / f"study/seed{seed}/runs"
         for file in ("stamps/evaluate", "ours/pretrain.pt", "ours/last.pt", "ours/gan.pt",
-                     "ours/log.csv", "../data/synthetic/x", "../data/real/x", "../data/colour/x"):
+                     "ours/average.pt", "ours/log.csv", "../data/synthetic/x", "../data/real/x", "../data/colour/x"):
             (runs / file).parent.mkdir(parents=True, exist_ok=True)
             (runs / file).write_text(file)
     study.run(name, args)
@@ -171,25 +171,30 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     assert gan.seed == pretrain.seed == segment.seeds[0] == (1 if "seed1" in name else 0)
     assert gan.precision == pretrain.precision == segment.precision == "bfloat16"
     plain = parsed(monkeypatch, "train_gan", f"--seed {seed} --precision bfloat16 {study.GAN}")
-    pretrained_anew = ("", "skip", "colour-first", "colour-skip", "relu", "layer", "d-rate")
-    assert (vars(gan) == vars(plain)) == (ablation in (*pretrained_anew[:-1], "last-step"))
+    pretrained_anew = ("", "skip", "colour-first", "colour-skip", "relu", "layer", "d-adam")
+    other_step = ("rule", "last-step")                     # of the very same training
+    assert (vars(gan) == vars(plain)) == (ablation in (*pretrained_anew[:-1], *other_step))
+    step = variables["STEP"]
+    assert step == {"rule": "gan", "last-step": "last"}.get(ablation, "average")
     assert gan.d_optimizer == pretrain.d_optimizer and gan.d_lr == pretrain.d_lr
     assert pretrain.skip == ("skip" in ablation)
     base = tmp_path / "study" / name
-    assert (base / "runs/ours/last.pt").exists() == (name == "last-step")
+    assert (base / "runs/ours/last.pt").exists() == (name in other_step)
     assert (base / "runs/ours/pretrain.pt").exists() == (ablation not in pretrained_anew)
     if ablation:
         origin = "colour" if ablation.startswith("colour") else "synthetic"
         assert (base / "data/synthetic/x").read_text().endswith(f"{origin}/x")
     assert segment.train == (["ours"] if ablation else
                              ["synthetic", "colour", "simgan", "ours", "real"])
-    assert segment.network == "unet"
+    assert segment.network == "unet" and segment.epochs == 12
 
 
 def test_a_further_network_is_shown_beside_the_first(tmp_path):
-    """U-Net finished, DeepLabV3+ asked for: both, so that Table 7 does not lose U-Net's column."""
-    assert study.with_finished("deeplabv3plus", tmp_path) == "deeplabv3plus"
+    """U-Net finished, DeepLabV3+ asked for: both, so that Table 7 does not lose U-Net's column.
+    But not if U-Net's epochs were others: it would be trained again."""
+    assert study.with_finished("deeplabv3plus", tmp_path, 30) == "deeplabv3plus"
     (tmp_path / "results").mkdir()
-    (tmp_path / "results/segment_unet.json").touch()
-    assert study.with_finished("deeplabv3plus", tmp_path) == "both"
-    assert study.with_finished("unet", tmp_path) == "unet"
+    (tmp_path / "results/segment_unet.json").write_text('{"settings": {"epochs": 30}}')
+    assert study.with_finished("deeplabv3plus", tmp_path, 30) == "both"
+    assert study.with_finished("deeplabv3plus", tmp_path, 10) == "deeplabv3plus"
+    assert study.with_finished("unet", tmp_path, 30) == "unet"
