@@ -10,7 +10,8 @@ Writes  runs/METHOD/gan.pt      R at the best step by the paper's rule: what ref
         runs/METHOD/log.csv     one row a step; the README explains every column
         runs/METHOD/curves.png  Figure 1;  runs/METHOD/samples/step_NNNNNN.png
 
-    python train_gan.py --alpha 50 --beta 4e-6      the paper's run, 5000 steps
+    python train_gan.py --alpha 50 --beta 4e-6      the paper's run, 5000 steps (L_rec: squares)
+    python train_gan.py --rec l1                    L_rec as the paper prints it
     python train_gan.py --method simgan             the baseline, same losses
     python train_gan.py --resume                    go on after a stop, with the same flags
 
