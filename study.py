@@ -7,12 +7,13 @@ Reads   a GTA-V and a Cityscapes folder, as prepare.py does; what is finished is
 Writes  study/NAME/          data, checkpoints, results of every run (large; not for git)
         results/study/NAME/  the small results of every run: tables, logs, pictures
 
-    python study.py --gta5 ~/gtav --cityscapes ~/cityscapes     about 10 core-hours
+    python study.py --gta5 ~/gtav --cityscapes ~/cityscapes     three seeds and every ablation
     python study.py --gta5 ~/gtav --cityscapes ~/cityscapes --only seed1 l1-seed1
     python report.py                                            then: the tables over all of it
 
-The scale is for 2 cores: 40 x 80 whole frames, batch 4, 200 GAN steps, U-Net, 10 epochs.
-DeepLabV3+ (--network deeplabv3plus) adds 36 minutes of a core to a seed, 7 to an ablation.
+The scale is for 2 cores: 40 x 80 whole frames, batch 4, 1000 GAN steps, R averaged over the last
+200, U-Net, 30 epochs. With --precision bfloat16, on a CPU that has it, a seed takes 75 minutes of
+one core and an ablation about 25; DeepLabV3+ (--network deeplabv3plus) adds an hour to a seed.
 """
 import json
 import shutil
