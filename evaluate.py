@@ -1,8 +1,9 @@
 """Stage 5: Table 2. How far is each kind of image from real ones, and how sure is that?
 
-Reads   data/{synthetic,colour,pretrained,simgan,ours,...}/test and data/real (images only)
+Reads   data/{synthetic,colour,pretrained,simgan,ours,...}/test and data/real (labels if any)
 Writes  results/table2.md    FID, KID and SSIM against real, next to the paper's figures; the
-                             differences between the rows; FID and KID of fewer images
+                             differences between the rows; FID and KID of fewer images; colour
+                             and detail class by class
         results/table2.json  the same with N, weights and their hash, resize, pairing, versions
 
     python evaluate.py                                         torchvision's Inception V3
@@ -17,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.special import stdtrit
 
 from models import (announce, fid, inception_features, jackknife_error, kid, leave_out,
                     load_inception, pick_device, provenance, sha256, ssim)
-from prepare import (UserError, load_images, names, natural, parser, positive, progress, start,
-                     writable, write_text)
+from prepare import (CLASSES, UserError, load_images, load_labels, names, natural, parser,
+                     positive, progress, start, writable, write_text)
 
 ROWS = ["synthetic", "colour", "pretrained", "simgan", "ours"]
 FLOOR = "real, other frames (the floor)"
@@ -88,6 +90,35 @@ def by_size(features, real_features):
     return sizes
 
 
+def by_class(images, labels):
+    """What a class looks like: {class: [R, G, B, detail]}, means over all its pixels, 0..255.
+
+    detail: how far a pixel's brightness is from the mean of its four neighbours; blur lowers it.
+    images uint8 [N, 3, H, W], labels trainIds [N, H, W].
+    """
+    images = images.float()
+    grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    around = (grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1] + grey[..., 1:-1, :-2]
+              + grey[..., 1:-1, 2:]) / 4
+    detail = (grey[..., 1:-1, 1:-1] - around).abs()
+    values = torch.cat([images, detail], 1).transpose(0, 1)                 # [4, N, H, W]
+    return {name: values[:, labels == i].mean(1).tolist()
+            for i, name in enumerate(CLASSES) if (labels == i).any()}
+
+
+def looks(domains, folder):
+    """`by_class` of the test images of every domain and of real, and each class's share of the
+    pixels of real, in %; None where there are no labels."""
+    if not all(any((folder / d / "test/labels").glob("*.png")) for d in [*domains, "real"]):
+        return None
+    labels = {d: load_labels(folder / d / "test") for d in [*domains, "real"]}
+    images = {**domains, "real": load_images(folder / "real/test")}
+    known = sum((labels["real"] == i).sum().item() for i in range(len(CLASSES)))
+    return {"share": {name: 100 * (labels["real"] == i).sum().item() / max(known, 1)
+                      for i, name in enumerate(CLASSES)},
+            "look": {d: by_class(images[d], labels[d]) for d in images}}
+
+
 # -------------------------------------------------------------------------------- the report
 
 
@@ -134,7 +165,21 @@ def tables(record):
         "Paired: the same real images and, where both have them, the same scenes. In brackets: "
         "0 is in the 95 % interval (which one in 20 misses by chance).", "",
         markdown(["the same images, in parts of N =", "", *map(str, count)], sizes), "",
-        "The images are the same: FID's bias shrinks with N, KID (here x 1000) has none.", ""])
+        "The images are the same: FID's bias shrinks with N, KID (here x 1000) has none.", ""]
+        + class_tables(record.get("classes")))
+
+
+def class_tables(classes):
+    """The last table of table2.md: classes with 2 % of the pixels of real or more."""
+    if not classes:
+        return []
+    shown = [name for name, share in classes["share"].items() if share >= 2]
+    rows = [[f"{name} ({classes['share'][name]:.0f} %)"] + [
+        "{:.0f} {:.0f} {:.0f}, **{:.1f}**".format(*look[name]) if name in look else "-"
+        for look in classes["look"].values()] for name in shown]
+    return [markdown(["class (share of real)", *classes["look"]], rows), "",
+            "Mean R G B of a class and, bold, its detail: how far a pixel's brightness is from the "
+            "mean of its four neighbours.", ""]
 
 
 def report(record, out):
@@ -251,7 +296,8 @@ def main():
         "differences": {f"{a} - {b}": difference(rows[a], rows[b]) for a, b in pairs
                         if a in rows and b in rows},
         "by_size": {d: by_size(features[d], features["real"])
-                    for d in (next(iter(rows)), FLOOR)}}, args.out)
+                    for d in (next(iter(rows)), FLOOR)},
+        "classes": looks(domains, args.data)}, args.out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from PIL import Image
 import evaluate
 from evaluate import by_size, cell, choose, difference, score, tables, weights_of, with_error
 from models import fid, kid, ssim
-from prepare import UserError
+from prepare import UserError, load_images
 
 CPU = torch.device("cpu")
 
@@ -210,6 +210,30 @@ def test_another_pairing_changes_ssim_and_not_fid(both):
         assert a["ssim"]["value"] != b["ssim"]["value"]
         assert a["fid"]["value"] == pytest.approx(b["fid"]["value"], rel=1e-3)
     assert both[1][1]["pair_seed"] == 2
+
+
+def test_the_look_of_a_class():
+    """Two flat classes, one pixel off by 40 in the second; the edge between them is detail too."""
+    images = torch.full((1, 3, 5, 8), 100, dtype=torch.uint8)
+    images[:, 0, :, 4:], images[:, :, 2, 6] = 130, 150           # brightness 110 there, and 150
+    labels = torch.zeros(1, 5, 8, dtype=torch.uint8)
+    labels[..., 4:], labels[:, 0, 0] = 10, 255                   # sky; one void pixel
+    look = evaluate.by_class(images, labels)
+    assert list(look) == ["road", "sky"]
+    assert look["road"] == pytest.approx([100, 100, 100, 5 * 10 / 4 / 19])
+    # the pixel itself 40, its four neighbours 10 each, five at the edge to road 10 / 4 each
+    assert look["sky"] == pytest.approx([131, 102.5, 102.5, (40 + 4 * 10 + 5 * 2.5) / 20])
+
+
+def test_classes_are_shown_where_there_are_labels(project):
+    """Shares of real add up to 100; without labels the table is left out."""
+    data = project / "data"
+    classes = evaluate.looks({"synthetic": load_images(data / "synthetic/test")}, data)
+    assert sum(classes["share"].values()) == pytest.approx(100)
+    assert list(classes["look"]) == ["synthetic", "real"]
+    text = "\n".join(evaluate.class_tables(classes))
+    assert "| class (share of real) | synthetic | real |" in text and "road (" in text
+    assert evaluate.looks({"ours": None}, data) is None and evaluate.class_tables(None) == []
 
 
 def test_images_under_the_window_of_ssim_are_refused(tmp_path, monkeypatch):

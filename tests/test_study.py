@@ -152,7 +152,8 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     monkeypatch.setattr(study.subprocess, "run",
                         lambda command: asked.append(command) or SimpleNamespace(returncode=0))
     args = SimpleNamespace(base=tmp_path / "study", out=tmp_path / "out", gta5="g", cityscapes="c",
-                           inception="random", network="unet", precision="bfloat16", epochs=12)
+                           inception="random", network="unet", precision="bfloat16",
+                           epochs=12)
     ablation, seed = study.split(name)
     if ablation:
         with pytest.raises(UserError, match=f"seed{seed}.*not finished"):
