@@ -160,7 +160,8 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
             study.run(name, args)
         runs = tmp_path / f"study/seed{seed}/runs"
         for file in ("stamps/evaluate", "ours/pretrain.pt", "ours/last.pt", "ours/gan.pt",
-                     "ours/average.pt", "ours/log.csv", "../data/synthetic/x", "../data/real/x", "../data/colour/x"):
+                     "ours/average.pt", "ours/log.csv", "../data/synthetic/x", "../data/real/x",
+                     "../data/colour/x"):
             (runs / file).parent.mkdir(parents=True, exist_ok=True)
             (runs / file).write_text(file)
     study.run(name, args)
