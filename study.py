@@ -129,7 +129,8 @@ def take_over(source, base, change):
     if not {"pretrain", "images"} & set(change):
         files, stages = ["pretrain.pt"], ["prepare", "pretrain-ours"]
     if "step" in change and "gan" not in change:
-        files, stages = files + ["last.pt", "gan.pt", "average.pt", "log.csv"], stages + ["gan-ours"]
+        files += ["last.pt", "gan.pt", "average.pt", "log.csv"]
+        stages += ["gan-ours"]
     (base / "runs/ours").mkdir(parents=True, exist_ok=True)
     for file in files:
         shutil.copy(source / "runs/ours" / file, base / "runs/ours" / file)
