@@ -240,7 +240,7 @@ def main():
     records, over_seeds, matrices, changed = zip(*parts.values())
     text = "".join(["± is the standard deviation over the seeds, [ ] a 95 % interval of their mean "
                     f"(Student's t).\n\n{table}\n\n", *over_seeds, *matrices]).strip() + "\n"
-    ablated = "".join(changed).strip() + "\n"
+    ablated = ("".join(changed).strip() or "No ablation has been run with these settings.") + "\n"
     write_text(out / "study.json", json.dumps({"quality": quality, **dict(zip(parts, records))},
                                               indent=1))
     write_text(out / "study.md", text)
