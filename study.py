@@ -13,7 +13,7 @@ Writes  study/NAME/          data, checkpoints, results of every run (large; not
 
 The scale is for 2 cores: 40 x 80 whole frames, batch 4, 1000 GAN steps, R averaged over the last
 200, U-Net, 30 epochs. With --precision bfloat16, on a CPU that has it, a seed takes 75 minutes of
-one core and an ablation about 25; DeepLabV3+ (--network deeplabv3plus) adds an hour to a seed.
+one core and an ablation about 25; DeepLabV3+ (--network both), 15 epochs, adds 35 to a seed.
 """
 import json
 import shutil
@@ -35,6 +35,8 @@ ABLATIONS = {
     "no-history": {"says": "D sees no history", "gan": "--history 0"},
     "history-10": {"says": "a history of 10 batches, not 100", "gan": "--history 10"},
     "beta0": {"says": "no L_rec (beta 0)", "gan": "--beta 0"},
+    **{f"beta-{b}": {"says": f"beta {b}, not 4e-6", "gan": f"--beta {b}"}
+       for b in ("1e-6", "1.6e-5")},
     "alpha0": {"says": "no adversarial term (alpha 0)", "gan": "--alpha 0"},
     "rule": {"says": "the step that the paper's rule picks, not the average", "step": "gan"},
     "last-step": {"says": "the last step, not the average", "step": "last"},
@@ -85,7 +87,8 @@ def run(name, args):
         "PREPARE": f"--gta5 {args.gta5} --cityscapes {args.cityscapes} {PREPARE}",
         "PRETRAIN": f"{common} {PRETRAIN} {change.get('pretrain', '')}",
         "GAN": f"{common} {GAN} {change.get('gan', '')}",
-        "SEGMENT": f"--seeds {seed} --precision {args.precision} --epochs {args.epochs} {SEGMENT}"
+        "SEGMENT": f"--seeds {seed} --precision {args.precision} "
+                   f"--epochs {' '.join(map(str, args.epochs))} {SEGMENT}"
                    f" --network {with_finished(args.network, base, args.epochs)}"
                    + " --train ours" * bool(ablation),
         "REFINE": "ours" if ablation else "colour pretrained ours simgan",
@@ -107,10 +110,10 @@ def networks(choice):
 def with_finished(choice, base, epochs):
     """"both" if the other network is finished after as many epochs: its weights are taken, and
     Table 7 has both."""
-    for file in base.glob("results/segment_*.json"):
-        if file.stem.removeprefix("segment_") not in networks(choice):
-            same = json.loads(file.read_text())["settings"]["epochs"] == epochs
-            return "both" if same else choice
+    for network, wanted in zip(NETWORKS, epochs * 2):
+        file = base / f"results/segment_{network}.json"
+        if network not in networks(choice) and file.is_file():
+            return "both" if json.loads(file.read_text()).get("epochs") == wanted else choice
     return choice
 
 
@@ -162,7 +165,8 @@ def arguments():
                    ", ".join(ABLATIONS) + ") or of another (NAME-seedN)")
     p.add_argument("--network", choices=[*NETWORKS, "both"], default="unet",
                    help="segmentation; asking for the other one later trains only that")
-    p.add_argument("--epochs", type=positive(int), default=30, help="of segmentation")
+    p.add_argument("--epochs", type=positive(int), nargs="+", default=[30, 15], metavar="N",
+                   help="of segmentation; two: of U-Net and of DeepLabV3+")
     p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32",
                    help="of the networks (bfloat16 halves the time where the CPU has it)")
     p.add_argument("--base", type=Path, default=Path("study"), help="where the runs lie")

@@ -154,6 +154,7 @@ MISTAKES = [
     ("segment.py --data sizes --out broken.pt --network unet", "broken.pt"),
     ("segment.py --data good --seeds -1", "--seeds"),
     ("segment.py --epochs 0", "--epochs above 0"),
+    ("segment.py --epochs 1 2 3", "--epochs one"),
     ("segment.py --lr inf", "--lr above 0"),
     ("segment.py --data sizes --backbone-weights none.pt",
      "--backbone-weights none.pt"),

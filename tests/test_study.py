@@ -153,7 +153,7 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
                         lambda command: asked.append(command) or SimpleNamespace(returncode=0))
     args = SimpleNamespace(base=tmp_path / "study", out=tmp_path / "out", gta5="g", cityscapes="c",
                            inception="random", network="unet", precision="bfloat16",
-                           epochs=12)
+                           epochs=[12, 7])
     ablation, seed = study.split(name)
     if ablation:
         with pytest.raises(UserError, match=f"seed{seed}.*not finished"):
@@ -188,15 +188,16 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
         assert (base / "data/synthetic/x").read_text().endswith(f"{origin}/x")
     assert segment.train == (["ours"] if ablation else
                              ["synthetic", "colour", "simgan", "ours", "real"])
-    assert segment.network == "unet" and segment.epochs == 12
+    assert segment.network == "unet" and segment.epochs == [12, 7]
 
 
 def test_a_further_network_is_shown_beside_the_first(tmp_path):
     """U-Net finished, DeepLabV3+ asked for: both, so that Table 7 does not lose U-Net's column.
     But not if U-Net's epochs were others: it would be trained again."""
-    assert study.with_finished("deeplabv3plus", tmp_path, 30) == "deeplabv3plus"
+    assert study.with_finished("deeplabv3plus", tmp_path, [30]) == "deeplabv3plus"
     (tmp_path / "results").mkdir()
-    (tmp_path / "results/segment_unet.json").write_text('{"settings": {"epochs": 30}}')
-    assert study.with_finished("deeplabv3plus", tmp_path, 30) == "both"
-    assert study.with_finished("deeplabv3plus", tmp_path, 10) == "deeplabv3plus"
-    assert study.with_finished("unet", tmp_path, 30) == "unet"
+    (tmp_path / "results/segment_unet.json").write_text('{"epochs": 30}')
+    for epochs in ([30], [30, 15]):
+        assert study.with_finished("deeplabv3plus", tmp_path, epochs) == "both"
+        assert study.with_finished("unet", tmp_path, epochs) == "unet"
+    assert study.with_finished("deeplabv3plus", tmp_path, [15, 30]) == "deeplabv3plus"
