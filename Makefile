@@ -27,7 +27,7 @@ demo: .venv/installed
 	$(MAKE) --no-print-directory stages BASE=demo/ INCEPTION=random \
 	  PREPARE="--demo --limit 300 --test 100 --size 32 64" \
 	  PRETRAIN="--steps 100 --lr 3e-4 --batch-size 8 --layer Conv2d_2b_3x3" \
-	  GAN="--steps 120 --lr 2e-4 --batch-size 8 --sample-every 20 --save-every 40 --average 30 \
+	  GAN="--steps 120 --lr 2e-4 --batch-size 8 --sample-every 20 --save-every 40 \
 	    --d-optimizer adam --d-lr 1e-4" \
 	  SEGMENT="--network unet --epochs 8"
 	@cat demo/results/table2.md demo/results/segment_unet.md
@@ -53,7 +53,7 @@ clean-demo:
 
 INCEPTION ?= imagenet
 REFINE ?= colour pretrained ours simgan
-STEP ?= gan
+STEP ?= average
 DATA := $(BASE)data
 RUNS := $(BASE)runs
 STAMPS := $(RUNS)/stamps

@@ -4,8 +4,9 @@
             once:   D <- D - grad L_D,   half of its refined images from a history (Eq 1), R fixed
 
 Reads   data/{synthetic,real}, runs/METHOD/pretrain.pt
-Writes  runs/METHOD/gan.pt      R at the best step by the paper's rule: what refine.py takes
-        runs/METHOD/average.pt  R with its weights averaged over the last steps
+Writes  runs/METHOD/average.pt  R with its weights averaged over the last steps: what refine.py
+                                takes, since it did better than the rule's step (README)
+        runs/METHOD/gan.pt      R at the best step by the paper's rule
         runs/METHOD/last.pt     everything to go on from (--resume)
         runs/METHOD/log.csv     one row a step; the README explains every column
         runs/METHOD/curves.png  Figure 1;  runs/METHOD/samples/step_NNNNNN.png
@@ -308,8 +309,8 @@ def arguments():
     p.add_argument("--history", type=int, default=100, help="capacity in batches; 0: none")
     p.add_argument("--rec-batch", type=positive(int), default=512,
                    help="images over which L_rec is summed, whatever the batch size")
-    p.add_argument("--average", type=positive(int), default=200,
-                   help="steps over which R's weights are averaged for average.pt")
+    p.add_argument("--average", type=positive(int), help="steps over which R's weights are "
+                   "averaged for average.pt (default: a fifth of --steps, at most 200)")
     p.add_argument("--rec", choices=["l1", "l2"], default="l2",
                    help="L_rec: squares, or (paper) l1, which blurs")
     p.add_argument("--optimizer", choices=["adam", "momentum", "sgd"], default="sgd",
@@ -326,6 +327,7 @@ def arguments():
     p.add_argument("--overwrite", action="store_true", help="replace an existing run")
     args = p.parse_args()
     args.run = args.run or Path("runs") / args.method
+    args.average = args.average or min(200, args.steps // 5 or 1)
     if min(args.alpha, args.beta, args.history) < 0:
         p.error("--alpha, --beta and --history cannot be negative")
     return args
@@ -391,7 +393,8 @@ def main():
     draw_curves(args.run / "curves.png", run.log, args.sample_every, run.best["step"])
     print(f"best step by the paper's rule: {run.best['step']} of {args.steps} (score "
           f"{run.best['score']:.3f})")
-    print(f"done: {args.run / 'gan.pt'}, {args.run / 'curves.png'}, {args.run / 'samples'}/")
+    print(f"done: {args.run / 'average.pt'}, {args.run / 'gan.pt'} (the best step), "
+          f"{args.run / 'curves.png'}, {args.run / 'samples'}/")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ MISTAKES = [
     ("train_gan.py --alpha -1", "--alpha negative"),
     ("train_gan.py", "runs/ours/pretrain.pt pretrain.py"),
     ("train_gan.py --resume", "last.pt --resume"),
-    ("refine.py", "runs/ours/gan.pt train_gan.py"),
+    ("refine.py", "runs/ours/average.pt train_gan.py"),
     ("refine.py --checkpoint broken.pt", "broken.pt damaged"),
     ("refine.py --checkpoint evil.pt", "evil.pt"),
     ("refine.py --checkpoint tensor.pt", "tensor.pt"),

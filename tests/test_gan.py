@@ -2,6 +2,7 @@
 import csv
 import math
 import shutil
+import sys
 
 import pytest
 import torch
@@ -188,14 +189,23 @@ def test_average_pt_changes_nothing_and_is_one_that_refine_takes(trained, fresh)
     call("train_gan.py", "--steps", 18, *GAN, "--history", 3, "--lr", 1e-3, "--rec", "l1",
          "--average", 1, cwd=fresh)
     runs = [cwd / "runs/ours" for cwd in (trained, fresh)]
-    of_200, of_1 = (load_checkpoint(run / "average.pt", ["average"], "")["refiner"] for run in runs)
+    of_3, of_1 = (load_checkpoint(run / "average.pt", ["average"], "")["refiner"] for run in runs)
     last, again = (load_checkpoint(run / "last.pt", ["gan"], "")["refiner"] for run in runs)
     assert all(torch.equal(last[name], again[name]) for name in last)
     assert all(torch.equal(of_1[name], last[name]) for name in last)
-    assert not any(torch.equal(of_200[name], last[name]) for name in last)
-    out, _ = call("refine.py", "--checkpoint", "runs/ours/average.pt", "--out", "data/averaged",
-                  cwd=trained)
-    assert "(step 18)" in out and len(list((trained / "data/averaged/test/images").iterdir()))
+    assert not any(torch.equal(of_3[name], last[name]) for name in last)
+    out, _ = call("refine.py", "--out", "data/averaged", cwd=trained)
+    assert "average.pt (step 18)" in out
+    assert len(list((trained / "data/averaged/test/images").iterdir()))
+
+
+@pytest.mark.parametrize("steps, average", [(1, 1), (120, 24), (1000, 200), (5000, 200)])
+def test_a_short_run_is_averaged_over_less(steps, average, monkeypatch):
+    """Not over its first steps, in which R leaps."""
+    monkeypatch.setattr(sys, "argv", ["train_gan.py", "--steps", str(steps)])
+    assert train_gan.arguments().average == average
+    monkeypatch.setattr(sys, "argv", ["train_gan.py", "--steps", str(steps), "--average", "7"])
+    assert train_gan.arguments().average == 7
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_by_accident(trained):
