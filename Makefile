@@ -77,7 +77,8 @@ $(STAMPS)/gan-%: $(STAMPS)/pretrain-%
 	@touch $@
 
 $(STAMPS)/refine-%: $(STAMPS)/gan-%
-	$(PY) refine.py --checkpoint $(RUNS)/$*/$(STEP).pt --data $(DATA)/synthetic --out $(DATA)/$*
+	$(PY) refine.py --checkpoint $(RUNS)/$*/$(STEP).pt --data $(DATA)/synthetic --out $(DATA)/$* \
+	  $(R_FLAGS)
 	@touch $@
 
 $(STAMPS)/refine-pretrained: $(STAMPS)/pretrain-ours

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.special import stdtrit
 
-from models import (announce, fid, inception_features, jackknife_error, kid, leave_out,
+from models import (announce, detail, fid, inception_features, jackknife_error, kid, leave_out,
                     load_inception, pick_device, provenance, sha256, ssim)
 from prepare import (CLASSES, UserError, load_images, load_labels, names, natural, parser,
                      positive, progress, start, writable, write_text)
@@ -97,11 +96,8 @@ def by_class(images, labels):
     images uint8 [N, 3, H, W], labels trainIds [N, H, W].
     """
     images = images.float()
-    grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-    around = (grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1] + grey[..., 1:-1, :-2]
-              + grey[..., 1:-1, 2:]) / 4
-    detail = (grey[..., 1:-1, 1:-1] - around).abs()
-    values = torch.cat([images, detail], 1).transpose(0, 1)                 # [4, N, H, W]
+    fine = detail(images.mean(1, keepdim=True)).abs()
+    values = torch.cat([images, fine], 1).transpose(0, 1)                   # [4, N, H, W]
     return {name: values[:, labels == i].mean(1).tolist()
             for i, name in enumerate(CLASSES) if (labels == i).any()}
 

@@ -29,7 +29,7 @@ SEGMENT = "--train synthetic colour simgan ours real"
 NETWORKS = {"unet": "U-Net", "deeplabv3plus": "DeepLabV3+"}
 D_BY_ADAM = "--d-optimizer adam --d-lr 1e-4"
 # What an ablation changes: flags of train_gan.py ("gan") or pretrain.py ("pretrain"), the images
-# that R starts from, the checkpoint that is used ("step").
+# that R starts from, the checkpoint that is used ("step"), flags of refine.py ("refine").
 ABLATIONS = {
     "l1": {"says": "L1 as in Eq 4, not squares", "gan": "--rec l1"},
     "no-history": {"says": "D sees no history", "gan": "--history 0"},
@@ -40,6 +40,10 @@ ABLATIONS = {
     "alpha0": {"says": "no adversarial term (alpha 0)", "gan": "--alpha 0"},
     "rule": {"says": "the step that the paper's rule picks, not the average", "step": "gan"},
     "last-step": {"says": "the last step, not the average", "step": "last"},
+    "detail": {"says": "refined images with as much detail as real (`--match-detail`)",
+               "refine": "--match-detail"},
+    "colour-detail": {"says": "no R: colours and detail matched",
+                      "refine": "--method colour --match-detail"},
     **{f"steps-{n}": {"says": f"{n} steps, not 1000", "gan": f"--steps {n}"}
        for n in (200, 500, 2000)},
     "batch-8": {"says": "batches of 8, not 4", "gan": "--batch-size 8"},
@@ -92,7 +96,7 @@ def run(name, args):
                    f" --network {with_finished(args.network, base, args.epochs)}"
                    + " --train ours" * bool(ablation),
         "REFINE": "ours" if ablation else "colour pretrained ours simgan",
-        "STEP": change.get("step", "average")}
+        "STEP": change.get("step", "average"), "R_FLAGS": change.get("refine", "")}
     if any(not (base / f"results/segment_{n}.json").is_file() for n in networks(args.network)):
         (base / "runs/stamps/segment").unlink(missing_ok=True)     # asked for a further network
     done = subprocess.run(["make", "-C", str(Path(__file__).resolve().parent),
@@ -131,7 +135,7 @@ def take_over(source, base, change):
     files, stages = [], ["prepare"]
     if not {"pretrain", "images"} & set(change):
         files, stages = ["pretrain.pt"], ["prepare", "pretrain-ours"]
-    if "step" in change and "gan" not in change:
+    if {"step", "refine"} & set(change):
         files += ["last.pt", "gan.pt", "average.pt", "log.csv"]
         stages += ["gan-ours"]
     (base / "runs/ours").mkdir(parents=True, exist_ok=True)
