@@ -10,7 +10,7 @@ from conftest import call, call_all
 from PIL import Image
 
 import refine
-from models import to_float
+from models import detail, to_float
 from prepare import load_images, load_labels, names
 
 GAN = ["--steps", 3, "--batch-size", 4, "--sample-every", 3]
@@ -80,6 +80,25 @@ def test_colour_match_gives_the_other_sets_mean_and_deviation():
         torch.testing.assert_close(statistic(matched, (0, 2, 3)), statistic(wanted, (0, 2, 3)))
     assert torch.equal(matched[0, 0].flatten().argsort(stable=True),
                        to_float(a)[0, 0].flatten().argsort(stable=True))
+
+
+def test_match_detail_makes_soft_images_as_detailed_as_real():
+    """Whatever made them soft; an amount outside [0, 4] is not looked for."""
+    random = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(low, high, (20, 3, 24, 32), generator=random, dtype=torch.uint8)
+            for low, high in ((60, 200), (90, 150)))
+    soft = torch.nn.AvgPool2d(3, stride=1, padding=1)
+    strength = [detail(x.mean(1, keepdim=True)).abs().mean().item() for x in (
+        soft(to_float(a)), refine.DetailMatch(soft, a, b, "cpu")(to_float(a)), to_float(b))]
+    assert strength[0] < 0.6 * strength[2] and strength[1] == pytest.approx(strength[2], rel=0.01)
+    assert refine.DetailMatch(torch.nn.Identity(), a, b, "cpu").amount < 0.001
+
+
+def test_match_detail_is_noted_in_the_record(finished):
+    call("refine.py", "--match-detail", "--out", "data/sharp", cwd=finished)
+    record = json.loads((finished / "data/sharp/refine.json").read_text())
+    assert record["finished"] and 0 <= record["detail_amount"] <= 4
+    shutil.rmtree(finished / "data/sharp")
 
 
 def test_refine_does_not_write_into_a_folder_of_others(finished):

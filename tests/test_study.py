@@ -174,17 +174,20 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     assert gan.precision == pretrain.precision == segment.precision == "bfloat16"
     plain = parsed(monkeypatch, "train_gan", f"--seed {seed} --precision bfloat16 {study.GAN}")
     pretrained_anew = ("", "skip", "colour-first", "colour-skip", "relu", "layer", "d-adam")
-    other_step = ("rule", "last-step")                     # of the very same training
+    other_step = ("rule", "last-step", "detail", "colour-detail")   # of the very same training
     assert (vars(gan) == vars(plain)) == (ablation in (*pretrained_anew[:-1], *other_step))
     step = variables["STEP"]
     assert step == {"rule": "gan", "last-step": "last"}.get(ablation, "average")
+    refined = parsed(monkeypatch, "refine", variables["R_FLAGS"])
+    assert refined.match_detail == ("detail" in ablation)
+    assert refined.method == ("colour" if ablation == "colour-detail" else "ours")
     assert gan.d_optimizer == pretrain.d_optimizer and gan.d_lr == pretrain.d_lr
     assert pretrain.skip == ("skip" in ablation)
     base = tmp_path / "study" / name
     assert (base / "runs/ours/last.pt").exists() == (name in other_step)
     assert (base / "runs/ours/pretrain.pt").exists() == (ablation not in pretrained_anew)
     if ablation:
-        origin = "colour" if ablation.startswith("colour") else "synthetic"
+        origin = "colour" if ablation in ("colour-first", "colour-skip") else "synthetic"
         assert (base / "data/synthetic/x").read_text().endswith(f"{origin}/x")
     assert segment.train == (["ours"] if ablation else
                              ["synthetic", "colour", "simgan", "ours", "real"])
