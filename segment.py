@@ -12,6 +12,7 @@ Writes  results/segment_NETWORK.md    full matrices of mIoU and pixel accuracy, 
 
     python segment.py                                both networks
     python segment.py --network unet --seeds 0 1 2   mean and spread over seeds
+    python segment.py --blur 0.6                     how much depends on detail? trains nothing anew
     python segment.py --epochs 30 15                 U-Net, and DeepLabV3+, which takes longer
 
 At 40 x 80, 700 images and 2 cores an epoch takes 16 s (U-Net) and 25 s (DeepLabV3+).
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.functional import gaussian_blur
 
 from models import (DeepLabV3Plus, UNet, announce, jackknife_error, leave_out, load_tensors,
                     make_optimizer, pick_device, provenance, save_checkpoint, sha256, speed_up,
@@ -221,6 +223,8 @@ def arguments():
     p.add_argument("--seeds", type=natural, nargs="+", default=[0], help="one training each")
     p.add_argument("--backbone-weights", default="none",
                    help="of DeepLabV3+'s ResNet-50: none, imagenet (downloaded) or a file")
+    p.add_argument("--blur", type=positive(float), metavar="SIGMA", help="blur the test images by "
+                   "so many pixels: how far do the networks rely on detail? Tables of their own")
     p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32",
                    help="of the networks; losses are float32")
     args = p.parse_args()
@@ -249,12 +253,15 @@ def main():
     count = min(len(data[d, "train"][0]) for d in domains)
     if count < 2:
         raise UserError(f"{args.data}: only {count} training image in one domain; 2 at least")
+    if args.blur:
+        data = {key: (images if key[1] == "train" else gaussian_blur(images, 5, args.blur), labels)
+                for key, (images, labels) in data.items()}
     networks = NETWORKS if args.network == "both" else [args.network]
     for network in networks:                   # what cannot be built or written fails now
         build(network, args.backbone_weights)
     writable(args.out)
-    print(f"{count} training images of every domain, {' and '.join(map(str, args.epochs))} epochs, tested on " +
-          ", ".join(f"{len(data[d, 'test'][0])} {d}" for d in domains))
+    print(f"{count} training images of every domain, {' and '.join(map(str, args.epochs))} epochs, "
+          "tested on " + ", ".join(f"{len(data[d, 'test'][0])} {d}" for d in domains))
 
     # The first `count` of a seeded order; the refined domains keep synthetic's names and order.
     order = {len(data[d, "train"][0]): torch.from_numpy(np.random.default_rng(args.seed)
@@ -276,12 +283,17 @@ def main():
             results.append({d: {o: scores_with_error(m) for o, m in row.items()}
                             for d, row in matrices[seed].items()})
         report(network, matrices, results, domains, count, args, device)
-    draw_table7(args.out / "table7.png", data, pictures)
-    print(f"done: {args.out}/segment_*.md, {args.out}/table7.png")
+    draw_table7(args.out / f"table7{suffix(args)}.png", data, pictures)
+    print(f"done: {args.out}/segment_*.md, {args.out}/table7{suffix(args)}.png")
+
+
+def suffix(args):
+    """Tables of blurred test images stand beside the others."""
+    return f"_blur{args.blur:g}" if args.blur else ""
 
 
 def report(network, matrices, results, domains, count, args, device):
-    """Write and print segment_NETWORK.json and .md."""
+    """Write and print segment_NETWORK.json and .md (segment_NETWORK_blurSIGMA)."""
     one_row = next(iter(matrices[args.seeds[0]].values()))     # {tested on: a matrix per image}
     record = {**provenance(args, device), "network": network, "domains": domains,
               "epochs": epochs_of(network, args),
@@ -291,14 +303,16 @@ def report(network, matrices, results, domains, count, args, device):
               "confusion": {seed: {d: {o: m.sum(0).tolist() for o, m in row.items()}
                                    for d, row in rows.items()}
                             for seed, rows in matrices.items()}}
-    write_text(args.out / f"segment_{network}.json", json.dumps(record))
+    name = f"segment_{network}{suffix(args)}"
+    write_text(args.out / f"{name}.json", json.dumps(record))
     text = "\n".join([
         f"### {TITLE[network]}: {count} training images, {record['epochs']} epochs, batch "
-        f"{args.batch_size}, lr {args.lr}, seeds {' '.join(map(str, args.seeds))}", "",
+        f"{args.batch_size}, lr {args.lr}, seeds {' '.join(map(str, args.seeds))}"
+        + (f", test images blurred by {args.blur:g} pixels" if args.blur else ""), "",
         matrix_table(network, "mIoU", results, domains),
         matrix_table(network, "accuracy", results, domains), error_note(results),
         class_table(results)])
-    write_text(args.out / f"segment_{network}.md", text)
+    write_text(args.out / f"{name}.md", text)
     print(text)
 
 

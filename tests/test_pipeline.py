@@ -157,6 +157,19 @@ def test_a_finished_cell_is_not_trained_again_but_a_changed_one_is(finished):
     assert set(record["test_images"]) == set(record["scores"]["0"]["ours"])
 
 
+def test_blurred_test_images_have_tables_of_their_own(finished):
+    """Nothing is trained for them, and nearly no blur changes nearly nothing."""
+    flags = ["segment.py", "--network", "unet", "--batch-size", 4, "--epochs", 1, "--seeds", 0]
+    call(*flags, cwd=finished)
+    sharp = json.loads((finished / "results/segment_unet.json").read_text())["confusion"]["0"]
+    for blur, same in ((0.05, True), (2, False)):
+        out, _ = call(*flags, "--blur", blur, cwd=finished)
+        assert out.count("trained before, not again") == 5 and f"blurred by {blur:g} pixels" in out
+        record = json.loads((finished / f"results/segment_unet_blur{blur:g}.json").read_text())
+        assert (record["confusion"]["0"] == sharp) == same
+    assert (finished / "results/table7_blur2.png").is_file()
+
+
 def test_deeplab_runs_through(finished):
     """With epochs of its own: the second number."""
     call("segment.py", "--network", "deeplabv3plus", "--epochs", 3, 1, "--batch-size", 8,
