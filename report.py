@@ -16,11 +16,13 @@ import numpy as np
 from scipy.stats import t as student
 
 import segment
-from prepare import UserError, parser, start, write_text
+from prepare import CLASSES, UserError, parser, start, write_text
 from study import ABLATIONS, NETWORKS, join
 
 SAYS = {"": "ours, as in the study", "simgan": "no perceptual pre-training (SimGAN's L1)",
         **{name: change["says"] for name, change in ABLATIONS.items()}}
+
+VEGETATION = CLASSES.index("vegetation")
 
 
 def seeds_with(out, file, ablation=""):
@@ -96,6 +98,27 @@ def difference_table(runs):
             f"{found[m]['mean']:+.{n}f}{interval(found[m], n)}"
             for m, n in (("mIoU", 3), ("accuracy", 1))])
     return record, markdown(["difference [95 %]", "mIoU on real", "accuracy on real, %"], rows)
+
+
+def blur_table(out, network):
+    """What blurring the test images (`segment.py --blur`) does to the scores on real, seed by
+    seed: a network that relies on detail its training images do not have may gain by it."""
+    record, text = {}, ""
+    for name in sorted({f.stem.removeprefix("segment_")
+                        for f in out.glob(f"seed*/segment_{network}_blur*.json")}):
+        seeds = seeds_with(out, f"segment_{name}.json")
+        pairs = [[on_real(out / join("", s), n) for n in (name, network)] for s in seeds]
+        record[name], rows = {}, []
+        for d in pairs[0][0]:
+            values = [[[r[d]["mIoU"], r[d]["accuracy"], r[d]["IoU"][VEGETATION]] for r in pair]
+                      for pair in pairs]
+            found = [mean_and_interval([v[0][i] - v[1][i] for v in values]) for i in range(3)]
+            record[name][d] = dict(zip(("mIoU", "accuracy", "vegetation"), found))
+            rows.append([d] + [f"{f['mean']:+.{n}f}{interval(f, n)}"
+                               for f, n in zip(found, (3, 1, 3))])
+        text += markdown([f"trained on; real blurred by {name.split('blur')[1]} pixels - sharp",
+                          "mIoU", "accuracy, %", "IoU of vegetation"], rows) + "\n\n"
+    return record, text
 
 
 def quality_table(out):
@@ -210,18 +233,19 @@ def report_network(out, network):
     runs = [on_real(out / join("", s), network) for s in seeds]
     gaps, table = gap_table(runs)
     differences, second = difference_table(runs)
-    record = {"seeds": seeds, "on_real": gaps, "differences": differences}
+    blurred, third = blur_table(out, network)
+    record = {"seeds": seeds, "on_real": gaps, "differences": differences, "blurred": blurred}
     changed = ""
     if any(seeds_with(out, file, a) for a in ABLATIONS):
-        record["ablations"], third = ablations(out, network)
-        changed = f"### {NETWORKS[network]}\n\n{third}\n\n"
+        record["ablations"], text = ablations(out, network)
+        changed = f"### {NETWORKS[network]}\n\n{text}\n\n"
     scores = [next(iter(json.loads((out / join("", s) / file).read_text())["scores"].values()))
               for s in seeds]
     domains = list(next(iter(scores[0].values())))
     matrices = [segment.matrix_table(network, metric, scores, domains)
                 for metric in ("mIoU", "accuracy")]
     matrices = title + "\n".join([*matrices, segment.class_table(scores), ""])
-    return record, f"{title}{table}\n\n{second}\n\n", matrices, changed
+    return record, f"{title}{table}\n\n{second}\n\n{third}", matrices, changed
 
 
 def arguments():

@@ -72,6 +72,18 @@ def test_networks_are_reported_apart(kept):
     assert "### U-Net, seed 0, 1\n" in out and "### DeepLabV3+, seed 0\n" in out
 
 
+def test_what_blurred_test_images_change(kept):
+    """Seed by seed: ours gains 0.03 and 0.01, so 0.02 +- 12.706 x 0.01414 / sqrt(2)."""
+    for name, ours in (("seed0", (0.18, 66.0)), ("seed1", (0.18, 66.0))):
+        keep(kept / name, {"synthetic": (0.08, 60.0), "simgan": (0.10, 60.0), "ours": ours,
+                           "real": (0.19, 80.0)}, network="unet_blur0.6")
+    out, _ = call("report.py", "--out", ".", cwd=kept)
+    assert "| trained on; real blurred by 0.6 pixels - sharp | mIoU |" in out
+    assert "| ours | +0.020 [-0.107, 0.147] | +1.0 [1.0, 1.0] |" in out
+    record = json.loads((kept / "study.json").read_text())["unet"]["blurred"]["unet_blur0.6"]
+    assert record["synthetic"]["mIoU"]["mean"] == pytest.approx(-0.02)
+
+
 def test_an_ablation_beside_ours_of_the_same_seeds(kept):
     """Seeds side by side, the step that was used, and the mean difference to ours."""
     keep(kept / "skip", {"ours": (0.18, 70.0)}, fid=8.0)
