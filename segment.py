@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.functional import gaussian_blur
 
 from models import (DeepLabV3Plus, UNet, announce, jackknife_error, leave_out, load_tensors,
                     make_optimizer, pick_device, provenance, save_checkpoint, sha256, speed_up,
@@ -254,6 +253,7 @@ def main():
     if count < 2:
         raise UserError(f"{args.data}: only {count} training image in one domain; 2 at least")
     if args.blur:
+        from torchvision.transforms.functional import gaussian_blur   # 1.5 s: only where needed
         data = {key: (images if key[1] == "train" else gaussian_blur(images, 5, args.blur), labels)
                 for key, (images, labels) in data.items()}
     networks = NETWORKS if args.network == "both" else [args.network]
