@@ -46,7 +46,7 @@ def test_the_readmes_files_exist():
 @pytest.mark.parametrize("table, since, until", [
     ("demo/table2", "", ""), ("demo/segment_unet", "", "IoU per class"), ("bench", "", ""),
     ("study/study", "", "mIoU (fraction)"), ("study/seed0/table2", "| class (share", ""),
-    ("study200/ablations", "", ""), ("settings/ablations", "", "")])
+    ("study/ablations", "", ""), ("study200/ablations", "", ""), ("settings/ablations", "", "")])
 def test_the_readmes_tables_are_the_results(table, since, until):
     """Every number of the tables comes from a file that a command wrote; what stands before
     `since` and after `until` stands there only."""
