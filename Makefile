@@ -54,6 +54,7 @@ clean-demo:
 INCEPTION ?= imagenet
 REFINE ?= colour pretrained ours simgan
 STEP ?= average
+R_FLAGS ?=
 DATA := $(BASE)data
 RUNS := $(BASE)runs
 STAMPS := $(RUNS)/stamps

@@ -1,6 +1,7 @@
 """Stage 4: run a trained refiner over a prepared domain; the labels stay as they are.
 
-Reads   a checkpoint of stage 2 or 3, data/synthetic/{train,test}/{images,labels}
+Reads   a checkpoint of stage 2 or 3, data/synthetic/{train,test}/{images,labels}; for colour and
+        --match-detail also data/real/train
 Writes  data/METHOD/{train,test}/{images,labels}: the same names, refined images, equal labels
         data/METHOD/refine.json: which checkpoint and step made them
 
@@ -94,27 +95,22 @@ class DetailMatch(torch.nn.Module):
 
 
 @torch.no_grad()
-def load_all(args, device):
-    """`load_refiner`, with --match-detail around it."""
-    R, made_by = load_refiner(args, device)
-    if args.match_detail:
-        R = DetailMatch(R, load_images(args.data / "train"),
-                        load_images(args.data.parent / "real" / "train"), device)
-        made_by["detail_amount"] = R.amount
-    return R, made_by
-
-
 def load_refiner(args, device):
     """What refines, and what refine.json and the first line say of it."""
+    real = args.data.parent / "real" / "train"
     if args.method == "colour":
-        real = args.data.parent / "real" / "train"
         R = ColourMatch(load_images(args.data / "train"), load_images(real))
-        return R, {"checkpoint": f"colour statistics of {real}", "step": 0}
-    state = load_checkpoint(args.checkpoint, ["pretrain", "gan", "best", "average"],
-                            f"run train_gan.py --method {args.method} first")
-    R = speed_up(rebuild(Refiner, state, "refiner", args.checkpoint), device)
-    digest = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:16]
-    return R, {"checkpoint": str(args.checkpoint), "step": state["step"], "sha256": digest}
+        made_by = {"checkpoint": f"colour statistics of {real}", "step": 0}
+    else:
+        state = load_checkpoint(args.checkpoint, ["pretrain", "gan", "best", "average"],
+                                f"run train_gan.py --method {args.method} first")
+        R = speed_up(rebuild(Refiner, state, "refiner", args.checkpoint), device)
+        digest = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:16]
+        made_by = {"checkpoint": str(args.checkpoint), "step": state["step"], "sha256": digest}
+    if args.match_detail:
+        R = DetailMatch(R, load_images(args.data / "train"), load_images(real), device)
+        made_by["detail_amount"] = R.amount
+    return R, made_by
 
 
 @torch.no_grad()
@@ -140,7 +136,7 @@ def refine_split(R, source, target, device, batch_size):
 def main():
     args = arguments()
     device = pick_device(args.device)
-    R, made_by = load_all(args, device)
+    R, made_by = load_refiner(args, device)
     own = (".lock", "refine.json.tmp")       # a kill before refine.json leaves no more than these
     if args.out.exists() and not (args.out / "refine.json").is_file() and any(
             p.name not in own for p in args.out.iterdir()):

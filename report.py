@@ -56,6 +56,13 @@ def gap_closed(runs, domain, metric):
             / (r["real"][metric] - r["synthetic"][metric]) for r in runs]
 
 
+def gap_of_runs(out, network, by_seed, metric):
+    """`gap_closed` of what was changed, {seed: scores}, between synthetic and real of its seed."""
+    runs = [{**on_real(out / join("", seed), network), "changed": scores}
+            for seed, scores in by_seed.items()]
+    return gap_closed(runs, "changed", metric)
+
+
 def cell(found, digits):
     """"0.123 ± 0.004", or without ± where there is one seed."""
     text = f"{found['mean']:.{digits}f}"
@@ -205,10 +212,12 @@ def ablations(out, network):
                 far = margin is not None and abs(difference["mean"]) > margin
                 cells[-1] += f" (**{text}**)" if far else f" ({text})"
         rows.append([SAYS[ablation], ", ".join(map(str, by_seed)), *cells])
+    gaps = {ablation: {m: mean_and_interval(gap_of_runs(out, network, by_seed, m)) for m in against}
+            for ablation, by_seed in runs.items()}
     table = markdown(
         ["what was changed", "seed", "step", "mean abs(R(x) - x)", "D right on real, refined",
          "FID", "KID x 1000", "mIoU on real (- ours)", "accuracy on real, % (- ours)"], rows)
-    return {"runs": runs, "against_ours": against}, f"{table}\n\n{chance(against)}"
+    return {"runs": runs, "against_ours": against, "gap_closed": gaps}, f"{table}\n\n{chance(against)}"
 
 
 def chance(against):

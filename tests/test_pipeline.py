@@ -97,7 +97,9 @@ def test_match_detail_makes_soft_images_as_detailed_as_real():
 def test_match_detail_is_noted_in_the_record(finished):
     call("refine.py", "--match-detail", "--out", "data/sharp", cwd=finished)
     record = json.loads((finished / "data/sharp/refine.json").read_text())
-    assert record["finished"] and 0 <= record["detail_amount"] <= 4
+    assert record["finished"] and 0.01 < record["detail_amount"] <= 4
+    sharp, soft = (load_images(finished / f"data/{d}/train") for d in ("sharp", "ours"))
+    assert not torch.equal(sharp, soft)
     shutil.rmtree(finished / "data/sharp")
 
 

@@ -97,6 +97,9 @@ def test_an_ablation_beside_ours_of_the_same_seeds(kept):
     # sd = 0.01414, so with t = 4.3027 and n = 2 the margin is 0.0430
     record = json.loads((kept / "study.json").read_text())["unet"]["ablations"]["against_ours"]
     assert record["mIoU"]["skip"]["mean"] == pytest.approx(0.02)
+    gap = json.loads((kept / "study.json").read_text())["unet"]["ablations"]["gap_closed"]
+    assert gap["skip"]["mIoU"]["mean"] == pytest.approx(80)       # 0.18 between 0.10 and 0.20
+    assert gap["skip"]["accuracy"]["mean"] == pytest.approx(50)   # 70 between 60 and 80
     assert record["mIoU"]["skip"]["margin"] == pytest.approx(0.0430, abs=1e-4)
     assert record["mIoU"]["no-history"]["margin"] == pytest.approx(0.0430 * 2 ** 0.5, abs=1e-4)
     assert "0.100 / 0.100 (**-0.060**)" in out and record["accuracy"]["skip"]["margin"] is None
