@@ -233,19 +233,20 @@ class Discriminator(nn.Module):
     SAME padding; 80 x 160 gives 4 x 7 patches, each seeing 50 x 50 pixels. 125,250 parameters.
     `final_relu` is Table 1's last ReLU. It is off by default: where it cuts both logits the
     patch says 1/2 for ever and has no gradient, and all patches can be so from the first step.
+    `stride` is that of the first convolution, 3 in Table 1; with 1 a patch is 20 x 20 pixels.
     """
 
-    def __init__(self, final_relu=False):
+    def __init__(self, final_relu=False, stride=3):
         super().__init__()
-        self.args = {"final_relu": final_relu}
-        self.conv1 = nn.Conv2d(3, 96, 5, stride=3)
+        self.args = {"final_relu": final_relu, "stride": stride}
+        self.conv1 = nn.Conv2d(3, 96, 5, stride=stride)
         self.conv2 = nn.Conv2d(96, 64, 4, stride=2)
         self.conv3 = nn.Conv2d(64, 32, 3, stride=2)
         self.conv4 = nn.Conv2d(32, 32, 1)
         self.conv5 = nn.Conv2d(32, 2, 1)
 
     def forward(self, x):                                             # 3 x 80 x 160
-        x = F.relu(self.conv1(same_pad(x, 5, 3)))                     # 96 x 27 x 54
+        x = F.relu(self.conv1(same_pad(x, 5, self.args["stride"])))   # 96 x 27 x 54
         x = F.relu(self.conv2(same_pad(x, 4, 2)))                     # 64 x 14 x 27
         x = F.max_pool2d(same_pad(x, 3, 2, -torch.inf), 3, stride=2)  # 64 x 7 x 14
         x = F.relu(self.conv3(same_pad(x, 3, 2)))                     # 32 x 4 x 7

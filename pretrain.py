@@ -74,7 +74,7 @@ class Run:
         torch.manual_seed(args.seed)                             # the initial weights
         R = rebuild(Refiner, state, "refiner", args.run) if state else Refiner(skip=args.skip)
         D = rebuild(Discriminator, state, "discriminator", args.run) if state else \
-            Discriminator(args.final_relu)
+            Discriminator(args.final_relu, args.d_stride)
         self.R, self.D = (speed_up(net, device, args.precision, layout=learning_layout(device))
                           for net in (R, D))
         self.optimizer_R = make_optimizer(args.optimizer, self.R.parameters(), args.lr)
@@ -137,6 +137,8 @@ def arguments():
     p.add_argument("--d-optimizer", choices=["adam", "momentum", "sgd"], default="momentum",
                    help="of D")
     p.add_argument("--final-relu", action="store_true", help="(paper) last ReLU of Table 1")
+    p.add_argument("--d-stride", type=positive(int), default=3,
+                   help="(paper) of D's first convolution: a patch is 50 x 50 pixels; 20 x 20 at 1")
     p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32",
                    help="of the networks; losses are float32")
     p.add_argument("--save-every", type=positive(int), default=200, help="steps")

@@ -52,6 +52,8 @@ ABLATIONS = {
     "d-adam": {"says": "D by Adam at 1e-4, not SGD with momentum at 1e-3",
                "pretrain": D_BY_ADAM, "gan": D_BY_ADAM},
     "relu": {"says": "D with the last ReLU of Table 1", "pretrain": "--final-relu"},
+    "d-fine": {"says": "D sees patches of 20 x 20 pixels, not 50 x 50 (`--d-stride 1`)",
+               "pretrain": "--d-stride 1"},
     "layer": {"says": "psi up to Conv2d_2b_3x3, not 4a", "pretrain": "--layer Conv2d_2b_3x3"},
     "skip": {"says": "R adds a change to its input (`--skip`)", "pretrain": "--skip"},
     "colour-first": {"says": "R and D start from colour-matched frames", "images": "colour"},

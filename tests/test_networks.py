@@ -81,6 +81,20 @@ def test_discriminator_gives_two_logits_per_patch(size, patches):
         assert Discriminator()(to_float(random_images(2, *size))).shape == (2, 2, *patches)
 
 
+@pytest.mark.parametrize("stride, side", [(3, 50), (1, 20)])
+def test_a_patch_of_the_discriminator_sees_so_many_pixels(stride, side):
+    """The receptive field of one logit: it grows if a row of pixels there lights up."""
+    net = Discriminator(stride=stride)
+    for weights in net.parameters():
+        weights.data.abs_()                            # no ReLU hides a row, nor a maximum
+    rows = torch.eye(120)[:, None, :, None].expand(-1, 3, -1, 60)    # image i: row i is lit
+    with torch.no_grad():
+        logits = net(torch.cat([rows, torch.zeros(1, 3, 120, 60)]))[:, 1]
+    middle = logits[:, logits.shape[1] // 2, 0]
+    assert (middle[:-1] > middle[-1]).sum() == side
+    assert Discriminator(**net.args).conv1.stride == (stride, stride)
+
+
 @pytest.mark.parametrize("height, width", [(80, 160), (40, 80), (50, 70)])
 def test_segmenters_label_every_pixel(deeplab, height, width):
     """19 logits per pixel at the size of the image, also where 16 does not divide it."""
