@@ -27,7 +27,8 @@ def commands_in(path):
     return [re.split(r"\s{3,}|\s+#", line)[0].strip() for line in found]
 
 
-README_COMMANDS = commands_in(ROOT / "README.md")
+READMES = [ROOT / "README.md", ROOT / "results/README.md"]         # what counts; what came before
+README_COMMANDS = [command for file in READMES for command in commands_in(file)]
 
 
 def test_the_readme_has_commands_of_every_stage():
@@ -36,11 +37,20 @@ def test_the_readme_has_commands_of_every_stage():
     assert {"make demo", "make test"} <= set(README_COMMANDS)
 
 
-def test_the_readmes_files_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
-    assert len(links) > 10 and not [link for link in links if not (ROOT / link).exists()]
-    assert not re.findall(r"@[A-Z]+", text)                # no unfilled place
+def headings(file):
+    """The anchors that GitHub makes of the headings of a file."""
+    found = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+def test_the_readmes_links_lead_somewhere(readme):
+    text = readme.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#:]*)(?:#([^):]+))?\)", text)
+    assert len(links) > 10 and not re.findall(r"@[A-Z]+", text)        # no unfilled place
+    for link, anchor in links:
+        file = readme.parent / link if link else readme
+        assert file.exists() and (not anchor or anchor in headings(file)), (link, anchor)
 
 
 @pytest.mark.parametrize("table, since, until", [
@@ -53,8 +63,8 @@ def test_the_readmes_tables_are_the_results(table, since, until):
     text = (ROOT / f"results/{table}.md").read_text(encoding="utf-8")
     text = text[text.index(since):text.index(until) if until else None]
     rows = [r for r in text.splitlines() if r[:1] == "|"]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert len(rows) >= 8 and not [row for row in rows if row not in readme]
+    readme = (READMES["study200" in table or "settings" in table]).read_text(encoding="utf-8")
+    assert len(rows) >= 8 and not [row for row in rows if row not in readme.splitlines()]
 
 
 @pytest.mark.parametrize("table", ["first", "demo"])
@@ -65,7 +75,7 @@ def test_the_text_of_table2_is_its_record(table):
 
 
 @pytest.mark.parametrize("command", sorted({
-    c for name in ["README.md"] + [f"{s}.py" for s in SCRIPTS] for c in commands_in(ROOT / name)
+    c for file in READMES + [ROOT / f"{s}.py" for s in SCRIPTS] for c in commands_in(file)
     if c.startswith("python")}))
 def test_documented_command_parses(command, monkeypatch):
     """README and docstrings: the script's own parser takes the command as it is printed."""

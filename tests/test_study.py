@@ -188,7 +188,8 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     assert gan.seed == pretrain.seed == segment.seeds[0] == (1 if "seed1" in name else 0)
     assert gan.precision == pretrain.precision == segment.precision == "bfloat16"
     plain = parsed(monkeypatch, "train_gan", f"--seed {seed} --precision bfloat16 {study.GAN}")
-    pretrained_anew = ("", "skip", "colour-first", "colour-skip", "relu", "layer", "d-adam")
+    pretrained_anew = ("", "skip", "colour-first", "colour-skip", "relu", "layer", "d-fine",
+                       "d-adam")
     other_step = ("rule", "last-step", "detail", "colour-detail")   # of the very same training
     assert (vars(gan) == vars(plain)) == (ablation in (*pretrained_anew[:-1], *other_step))
     step = variables["STEP"]
