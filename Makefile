@@ -40,10 +40,14 @@ paper: .venv/installed
 	$(MAKE) --no-print-directory stages BASE= \
 	  PREPARE="--gta5 $(GTA5) --cityscapes $(CITYSCAPES)" SEGMENT="--network both"
 
-study: .venv/installed
+STUDY_PY = study.py --gta5 $(GTA5) --cityscapes $(CITYSCAPES) --inception $(INCEPTION) $(STUDY)
+
+study: .venv/installed            # both networks over the seeds, then U-Net for the ablations
 	@test -n "$(GTA5)" -a -n "$(CITYSCAPES)" || { \
-	  echo "usage: make study GTA5=DIR CITYSCAPES=DIR [INCEPTION=imagenet|FILE]"; exit 2; }
-	$(PY) study.py --gta5 $(GTA5) --cityscapes $(CITYSCAPES) --inception $(INCEPTION)
+	  echo "usage: make study GTA5=DIR CITYSCAPES=DIR [INCEPTION=imagenet|FILE] [STUDY=FLAGS]"; \
+	  exit 2; }
+	$(PY) $(STUDY_PY) --network both --only seed0 seed1 seed2
+	$(PY) $(STUDY_PY)
 	$(PY) report.py
 
 clean-demo:
