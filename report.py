@@ -40,6 +40,22 @@ def on_real(folder, network="unet"):
     return {domain: row["real"] for domain, row in by_domain.items()}
 
 
+def method_of(ablation):
+    """Whose images a run has: "ours", unless the ablation is one of SimGAN's."""
+    return ABLATIONS.get(ablation, {}).get("method", "ours")
+
+
+def runs_of(out, network, seeds):
+    """`on_real` of every seed; what was changed on each of the seeds too is beside it, as if it
+    were a further training domain."""
+    runs = [on_real(out / join("", s), network) for s in seeds]
+    for ablation in ABLATIONS:
+        if seeds_with(out, f"segment_{network}.json", ablation) == seeds:
+            for run, seed in zip(runs, seeds):
+                run[ablation] = on_real(out / join(ablation, seed), network)[method_of(ablation)]
+    return runs
+
+
 def mean_and_interval(values):
     """Mean, standard deviation and 95 % interval (Student's t) over seeds; one seed has none."""
     mean = float(np.mean(values))
@@ -95,13 +111,17 @@ def gap_table(runs):
 
 def difference_table(runs):
     """Ours minus each other training domain, seed by seed: where 0 lies in the interval, these
-    seeds cannot tell the two apart."""
+    seeds cannot tell the two apart. What was changed on every seed likewise."""
     record, rows = {}, []
-    for other in [d for d in runs[0] if d not in ("ours", "real")]:
-        found = {m: mean_and_interval([r["ours"][m] - r[other][m] for r in runs])
+    pairs = [("ours", d) for d in runs[0] if d not in ("ours", "real", *ABLATIONS)]
+    for changed in [a for a in ABLATIONS if a in runs[0] and method_of(a) == "ours"]:
+        pairs += [(changed, d) for d in ("synthetic", "colour", "ours", f"{changed}-simgan")
+                  if d in runs[0]]
+    for one, other in pairs:
+        found = {m: mean_and_interval([r[one][m] - r[other][m] for r in runs])
                  for m in ("mIoU", "accuracy")}
-        record[other] = found
-        rows.append([f"ours - {other}"] + [
+        record[other if one == "ours" else f"{one} - {other}"] = found
+        rows.append([f"{one} - {other}"] + [
             f"{found[m]['mean']:+.{n}f}{interval(found[m], n)}"
             for m, n in (("mIoU", 3), ("accuracy", 1))])
     return record, markdown(["difference [95 %]", "mIoU on real", "accuracy on real, %"], rows)
@@ -165,7 +185,8 @@ def all_runs(out, network):
     pre-training."""
     record = {}
     for ablation in SAYS:
-        start_from, method = ("", "simgan") if ablation == "simgan" else (ablation, "ours")
+        start_from, method = ("", "simgan") if ablation == "simgan" else (
+            ablation, method_of(ablation))
         seeds = seeds_with(out, f"segment_{network}.json", start_from)
         if seeds:
             record[ablation] = {s: one_run(out / join(start_from, s), method, network)
@@ -239,7 +260,7 @@ def report_network(out, network):
     if not seeds:
         return None, "", "", ""
     title = f"### {NETWORKS[network]}, seed {', '.join(map(str, seeds))}\n\n"
-    runs = [on_real(out / join("", s), network) for s in seeds]
+    runs = runs_of(out, network, seeds)
     gaps, table = gap_table(runs)
     differences, second = difference_table(runs)
     blurred, third = blur_table(out, network)

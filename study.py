@@ -29,7 +29,7 @@ SEGMENT = "--train synthetic colour simgan ours real"
 NETWORKS = {"unet": "U-Net", "deeplabv3plus": "DeepLabV3+"}
 D_BY_ADAM = "--d-optimizer adam --d-lr 1e-4"
 # What an ablation changes: flags of train_gan.py ("gan") or pretrain.py ("pretrain"), the images
-# that R starts from, the checkpoint that is used ("step"), flags of refine.py ("refine").
+# that R starts from, the checkpoint that is used ("step"), flags of refine.py ("refine"), "method".
 ABLATIONS = {
     "l1": {"says": "L1 as in Eq 4, not squares", "gan": "--rec l1"},
     "no-history": {"says": "D sees no history", "gan": "--history 0"},
@@ -54,6 +54,8 @@ ABLATIONS = {
     "relu": {"says": "D with the last ReLU of Table 1", "pretrain": "--final-relu"},
     "d-fine": {"says": "D sees patches of 20 x 20 pixels, not 50 x 50 (`--d-stride 1`)",
                "pretrain": "--d-stride 1"},
+    "d-fine-simgan": {"says": "the same D, no perceptual pre-training", "method": "simgan",
+                      "pretrain": "--d-stride 1"},
     "layer": {"says": "psi up to Conv2d_2b_3x3, not 4a", "pretrain": "--layer Conv2d_2b_3x3"},
     "skip": {"says": "R adds a change to its input (`--skip`)", "pretrain": "--skip"},
     "colour-first": {"says": "R and D start from colour-matched frames", "images": "colour"},
@@ -85,6 +87,7 @@ def run(name, args):
     """One run of the chain under study/NAME; returns when its small results are kept."""
     ablation, seed = split(name)
     change = ABLATIONS.get(ablation, {})
+    method = change.get("method", "ours")
     base, common = args.base / name, f"--seed {seed} --precision {args.precision}"
     if ablation:
         take_over(args.base / f"seed{seed}", base, change)
@@ -96,8 +99,8 @@ def run(name, args):
         "SEGMENT": f"--seeds {seed} --precision {args.precision} "
                    f"--epochs {' '.join(map(str, args.epochs))} {SEGMENT}"
                    f" --network {with_finished(args.network, base, args.epochs)}"
-                   + " --train ours" * bool(ablation),
-        "REFINE": "ours" if ablation else "colour pretrained ours simgan",
+                   + f" --train {method}" * bool(ablation),
+        "REFINE": method if ablation else "colour pretrained ours simgan",
         "STEP": change.get("step", "average"), "R_FLAGS": change.get("refine", "")}
     if any(not (base / f"results/segment_{n}.json").is_file() for n in networks(args.network)):
         (base / "runs/stamps/segment").unlink(missing_ok=True)     # asked for a further network
@@ -106,7 +109,7 @@ def run(name, args):
                            *[f"{k}={v}" for k, v in variables.items()]])
     if done.returncode:
         raise UserError(f"{base}: the chain stopped (see above); the same command goes on")
-    keep(base, args.out / name)
+    keep(base, args.out / name, method)
 
 
 def networks(choice):
@@ -134,28 +137,28 @@ def take_over(source, base, change):
                         f"(--only {source.name})")
     for domain, origin in (("synthetic", change.get("images", "synthetic")), ("real", "real")):
         shutil.copytree(source / "data" / origin, base / "data" / domain, dirs_exist_ok=True)
-    files, stages = [], ["prepare"]
+    method, files, stages = change.get("method", "ours"), [], ["prepare"]
     if not {"pretrain", "images"} & set(change):
-        files, stages = ["pretrain.pt"], ["prepare", "pretrain-ours"]
+        files, stages = ["pretrain.pt"], ["prepare", f"pretrain-{method}"]
     if {"step", "refine"} & set(change):
         files += ["last.pt", "gan.pt", "average.pt", "log.csv"]
-        stages += ["gan-ours"]
-    (base / "runs/ours").mkdir(parents=True, exist_ok=True)
+        stages += [f"gan-{method}"]
+    (base / "runs" / method).mkdir(parents=True, exist_ok=True)
     for file in files:
-        shutil.copy(source / "runs/ours" / file, base / "runs/ours" / file)
+        shutil.copy(source / "runs" / method / file, base / "runs" / method / file)
     stamps.mkdir()                                     # last: from here on nothing is copied
     for stage in stages:
         (stamps / stage).touch()
 
 
-def keep(base, out):
-    """Copy the small results of a run, and the last picture of its samples."""
+def keep(base, out, method="ours"):
+    """Copy the small results of a run, and the last picture of its method's samples."""
     out.mkdir(parents=True, exist_ok=True)
     for pattern in KEPT:
         for file in base.glob(pattern):
-            method = f"{file.parent.name}_" if file.parent.parent.name in ("runs", "data") else ""
-            shutil.copy(file, out / f"{method}{file.name}")
-    pictures = sorted(base.glob("runs/ours/samples/*.png"))
+            prefix = f"{file.parent.name}_" if file.parent.parent.name in ("runs", "data") else ""
+            shutil.copy(file, out / f"{prefix}{file.name}")
+    pictures = sorted(base.glob(f"runs/{method}/samples/*.png"))
     if pictures:
         shutil.copy(pictures[-1], out / "samples.png")
 

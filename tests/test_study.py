@@ -108,6 +108,23 @@ def test_an_ablation_beside_ours_of_the_same_seeds(kept):
     assert "chance explains (95 %; with most seeds 0.026 mIoU and 0.9 % accuracy)" in out
 
 
+def test_what_was_changed_on_every_seed_stands_beside_ours(kept):
+    """As a row of the gap and in the differences, also to the same change of SimGAN's."""
+    for name, scores in (("d-fine", (0.19, 75.0)), ("d-fine-seed1", (0.21, 75.0))):
+        keep(kept / name, {"ours": scores}, fid=8.0)
+    out, _ = call("report.py", "--out", ".", cwd=kept)
+    assert "| d-fine | 0.200 ± 0.014 | 75.0 ± 0.0 | 100 [-27, 227] | 75 [75, 75] |" in out
+    assert "| d-fine - ours | +0.040 [0.040, 0.040] | +10.0 [10.0, 10.0] |" in out
+    assert "no-history -" not in out and "d-fine - d-fine-simgan" not in out     # one seed; none
+    for name in ("d-fine-simgan", "d-fine-simgan-seed1"):
+        keep(kept / name, {"simgan": (0.18, 74.0)}, fid=9.0)
+    out, _ = call("report.py", "--out", ".", cwd=kept)
+    assert "| d-fine - d-fine-simgan | +0.020 [-0.107, 0.147] | +1.0 [1.0, 1.0] |" in out
+    assert (f"| {study.ABLATIONS['d-fine-simgan']['says']} | 0, 1 | - / - | 0.400 / 0.400 |"
+            in out)
+    assert "d-fine-simgan - " not in out and "ours - d-fine" not in out
+
+
 @pytest.mark.parametrize("name, parts", [("seed12", ("", 12)), ("l1", ("l1", 0)),
                                          ("no-history-seed2", ("no-history", 2))])
 def test_the_name_of_a_run(name, parts):
@@ -189,7 +206,7 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     assert gan.precision == pretrain.precision == segment.precision == "bfloat16"
     plain = parsed(monkeypatch, "train_gan", f"--seed {seed} --precision bfloat16 {study.GAN}")
     pretrained_anew = ("", "skip", "colour-first", "colour-skip", "relu", "layer", "d-fine",
-                       "d-adam")
+                       "d-fine-simgan", "d-adam")
     other_step = ("rule", "last-step", "detail", "colour-detail")   # of the very same training
     assert (vars(gan) == vars(plain)) == (ablation in (*pretrained_anew[:-1], *other_step))
     step = variables["STEP"]
@@ -205,8 +222,11 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     if ablation:
         origin = "colour" if ablation in ("colour-first", "colour-skip") else "synthetic"
         assert (base / "data/synthetic/x").read_text().endswith(f"{origin}/x")
-    assert segment.train == (["ours"] if ablation else
+    method = "simgan" if ablation == "d-fine-simgan" else "ours"
+    assert segment.train == ([method] if ablation else
                              ["synthetic", "colour", "simgan", "ours", "real"])
+    assert variables["REFINE"] == (method if ablation else "colour pretrained ours simgan")
+    assert pretrain.d_stride == (1 if "d-fine" in ablation else 3)
     assert segment.network == "unet" and segment.epochs == [12, 7]
 
 
