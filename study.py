@@ -29,7 +29,8 @@ SEGMENT = "--train synthetic colour simgan ours real"
 NETWORKS = {"unet": "U-Net", "deeplabv3plus": "DeepLabV3+"}
 D_BY_ADAM = "--d-optimizer adam --d-lr 1e-4"
 # What an ablation changes: flags of train_gan.py ("gan") or pretrain.py ("pretrain"), the images
-# that R starts from, the checkpoint that is used ("step"), flags of refine.py ("refine"), "method".
+# that R starts from, the checkpoint that is used ("step"), flags of refine.py ("refine"), the
+# "method"; or what is added to another ablation ("from").
 ABLATIONS = {
     "l1": {"says": "L1 as in Eq 4, not squares", "gan": "--rec l1"},
     "no-history": {"says": "D sees no history", "gan": "--history 0"},
@@ -56,6 +57,8 @@ ABLATIONS = {
                "pretrain": "--d-stride 1"},
     "d-fine-simgan": {"says": "the same D, no perceptual pre-training", "method": "simgan",
                       "pretrain": "--d-stride 1"},
+    "d-fine-detail": {"says": "the same D, and `--match-detail`", "from": "d-fine",
+                      "refine": "--match-detail"},
     "layer": {"says": "psi up to Conv2d_2b_3x3, not 4a", "pretrain": "--layer Conv2d_2b_3x3"},
     "skip": {"says": "R adds a change to its input (`--skip`)", "pretrain": "--skip"},
     "colour-first": {"says": "R and D start from colour-matched frames", "images": "colour"},
@@ -90,7 +93,7 @@ def run(name, args):
     method = change.get("method", "ours")
     base, common = args.base / name, f"--seed {seed} --precision {args.precision}"
     if ablation:
-        take_over(args.base / f"seed{seed}", base, change)
+        take_over(args.base / join(change.get("from", ""), seed), base, change)
     variables = {
         "BASE": f"{base}/", "INCEPTION": args.inception,
         "PREPARE": f"--gta5 {args.gta5} --cityscapes {args.cityscapes} {PREPARE}",
