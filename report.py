@@ -47,12 +47,14 @@ def method_of(ablation):
 
 def runs_of(out, network, seeds):
     """`on_real` of every seed; what was changed on each of the seeds too is beside it, as if it
-    were a further training domain."""
+    were a further training domain: "ours, d-fine", "simgan, d-fine"."""
     runs = [on_real(out / join("", s), network) for s in seeds]
     for ablation in ABLATIONS:
+        method = method_of(ablation)
         if seeds_with(out, f"segment_{network}.json", ablation) == seeds:
             for run, seed in zip(runs, seeds):
-                run[ablation] = on_real(out / join(ablation, seed), network)[method_of(ablation)]
+                changed = on_real(out / join(ablation, seed), network)[method]
+                run[f"{method}, {ablation.removesuffix('-simgan')}"] = changed
     return runs
 
 
@@ -113,10 +115,10 @@ def difference_table(runs):
     """Ours minus each other training domain, seed by seed: where 0 lies in the interval, these
     seeds cannot tell the two apart. What was changed on every seed likewise."""
     record, rows = {}, []
-    pairs = [("ours", d) for d in runs[0] if d not in ("ours", "real", *ABLATIONS)]
-    for changed in [a for a in ABLATIONS if a in runs[0] and method_of(a) == "ours"]:
-        pairs += [(changed, d) for d in ("synthetic", "colour", "ours", f"{changed}-simgan")
-                  if d in runs[0]]
+    pairs = [("ours", d) for d in runs[0] if d not in ("ours", "real") and "," not in d]
+    for changed in [d for d in runs[0] if d.startswith("ours, ")]:
+        simgan = changed.replace("ours", "simgan")
+        pairs += [(changed, d) for d in ("synthetic", "colour", "ours", simgan) if d in runs[0]]
     for one, other in pairs:
         found = {m: mean_and_interval([r[one][m] - r[other][m] for r in runs])
                  for m in ("mIoU", "accuracy")}

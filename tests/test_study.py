@@ -113,16 +113,16 @@ def test_what_was_changed_on_every_seed_stands_beside_ours(kept):
     for name, scores in (("d-fine", (0.19, 75.0)), ("d-fine-seed1", (0.21, 75.0))):
         keep(kept / name, {"ours": scores}, fid=8.0)
     out, _ = call("report.py", "--out", ".", cwd=kept)
-    assert "| d-fine | 0.200 ± 0.014 | 75.0 ± 0.0 | 100 [-27, 227] | 75 [75, 75] |" in out
-    assert "| d-fine - ours | +0.040 [0.040, 0.040] | +10.0 [10.0, 10.0] |" in out
-    assert "no-history -" not in out and "d-fine - d-fine-simgan" not in out     # one seed; none
+    assert "| ours, d-fine | 0.200 ± 0.014 | 75.0 ± 0.0 | 100 [-27, 227] | 75 [75, 75] |" in out
+    assert "| ours, d-fine - ours | +0.040 [0.040, 0.040] | +10.0 [10.0, 10.0] |" in out
+    assert "no-history -" not in out and "- simgan, d-fine" not in out     # one seed; none
     for name in ("d-fine-simgan", "d-fine-simgan-seed1"):
         keep(kept / name, {"simgan": (0.18, 74.0)}, fid=9.0)
     out, _ = call("report.py", "--out", ".", cwd=kept)
-    assert "| d-fine - d-fine-simgan | +0.020 [-0.107, 0.147] | +1.0 [1.0, 1.0] |" in out
+    assert "| ours, d-fine - simgan, d-fine | +0.020 [-0.107, 0.147] | +1.0 [1.0, 1.0] |" in out
     assert (f"| {study.ABLATIONS['d-fine-simgan']['says']} | 0, 1 | - / - | 0.400 / 0.400 |"
             in out)
-    assert "d-fine-simgan - " not in out and "ours - d-fine" not in out
+    assert "| simgan, d-fine - " not in out and "| ours - ours" not in out
 
 
 @pytest.mark.parametrize("name, parts", [("seed12", ("", 12)), ("l1", ("l1", 0)),
