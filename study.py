@@ -46,7 +46,7 @@ ABLATIONS = {
     "colour-detail": {"says": "no R: colours and detail matched",
                       "refine": "--method colour --match-detail"},
     **{f"steps-{n}": {"says": f"{n} steps, not 1000", "gan": f"--steps {n}"}
-       for n in (200, 500, 2000)},
+       for n in (200, 500, 1800)},
     "batch-8": {"says": "batches of 8, not 4", "gan": "--batch-size 8"},
     "r-rate": {"says": "R at 3e-5, not 1e-4", "gan": "--lr 3e-5"},
     "r-adam": {"says": "R by Adam, not SGD", "gan": "--optimizer adam"},
