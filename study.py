@@ -59,6 +59,7 @@ ABLATIONS = {
                       "pretrain": "--d-stride 1"},
     "d-fine-detail": {"says": "the same D, and `--match-detail`", "from": "d-fine",
                       "refine": "--match-detail"},
+    "d-fine-beta": {"says": "the same D, beta 1.6e-5", "from": "d-fine", "gan": "--beta 1.6e-5"},
     "layer": {"says": "psi up to Conv2d_2b_3x3, not 4a", "pretrain": "--layer Conv2d_2b_3x3"},
     "skip": {"says": "R adds a change to its input (`--skip`)", "pretrain": "--skip"},
     "colour-first": {"says": "R and D start from colour-matched frames", "images": "colour"},
