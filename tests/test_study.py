@@ -188,7 +188,7 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
                            epochs=[12, 7])
     ablation, seed = study.split(name)
     if ablation:
-        source = "d-fine" if name == "d-fine-detail" else f"seed{seed}"
+        source = "d-fine" if name in ("d-fine-detail", "d-fine-beta") else f"seed{seed}"
         with pytest.raises(UserError, match=f"{source}.*not finished"):
             study.run(name, args)
         runs = tmp_path / f"study/{source}/runs"
