@@ -7,6 +7,7 @@ Writes  results/study/study.md      mean and spread on real images, the gap, Tab
 
     python report.py
     python report.py --out results/settings
+    python report.py --out results/study60 --before results/study     what longer training changed
 """
 import csv
 import json
@@ -17,7 +18,7 @@ from scipy.stats import t as student
 
 import segment
 from prepare import CLASSES, UserError, parser, start, write_text
-from study import ABLATIONS, NETWORKS, join
+from study import ABLATIONS, NETWORKS, join, method_of
 
 SAYS = {"": "ours, as in the study", "simgan": "no perceptual pre-training (SimGAN's L1)",
         **{name: change["says"] for name, change in ABLATIONS.items()}}
@@ -40,15 +41,10 @@ def on_real(folder, network="unet"):
     return {domain: row["real"] for domain, row in by_domain.items()}
 
 
-def method_of(ablation):
-    """Whose images a run has: "ours", unless the ablation is one of SimGAN's."""
-    return ABLATIONS.get(ablation, {}).get("method", "ours")
-
-
 def runs_of(out, network, seeds):
-    """`on_real` of every seed; what was changed on each of the seeds too is beside it, as if it
-    were a further training domain: "ours, d-fine", "simgan, d-fine"."""
-    runs = [on_real(out / join("", s), network) for s in seeds]
+    """`on_real` of every seed, where all have the domain; what was changed on each of the seeds
+    too is beside it, as if it were a further training domain: "ours, d-fine"."""
+    runs = in_all([on_real(out / join("", s), network) for s in seeds])
     for ablation in ABLATIONS:
         method = method_of(ablation)
         if seeds_with(out, f"segment_{network}.json", ablation) == seeds:
@@ -56,6 +52,11 @@ def runs_of(out, network, seeds):
                 changed = on_real(out / join(ablation, seed), network)[method]
                 run[f"{method}, {ablation.removesuffix('-simgan')}"] = changed
     return runs
+
+
+def in_all(runs):
+    """Of dictionaries, what all of them have."""
+    return [{d: r[d] for d in r if all(d in other for other in runs)} for r in runs]
 
 
 def mean_and_interval(values):
@@ -129,30 +130,58 @@ def difference_table(runs):
     return record, markdown(["difference [95 %]", "mIoU on real", "accuracy on real, %"], rows)
 
 
+def change_table(title, before, after):
+    """What a change did to the scores on real, [{domain: scores}, a seed each] before and after:
+    the record and the table of the differences, seed by seed."""
+    record, rows = {}, []
+    for d in after[0]:
+        found = {m: mean_and_interval([score(r[d]) - score(b[d]) for b, r in zip(before, after)])
+                 for m, score in (("mIoU", lambda s: s["mIoU"]),
+                                  ("accuracy", lambda s: s["accuracy"]),
+                                  ("vegetation", lambda s: s["IoU"][VEGETATION]))}
+        record[d] = found
+        rows.append([d] + [f"{f['mean']:+.{n}f}{interval(f, n)}"
+                           for f, n in zip(found.values(), (3, 1, 3))])
+    return record, markdown([title, "mIoU", "accuracy, %", "IoU of vegetation"], rows) + "\n\n"
+
+
 def blur_table(out, network):
-    """What blurring the test images (`segment.py --blur`) does to the scores on real, seed by
-    seed: a network that relies on detail its training images do not have may gain by it."""
+    """What blurring the test images (`segment.py --blur`) does to the scores on real: a network
+    that relies on detail its training images do not have may gain by it."""
     record, text = {}, ""
     for name in sorted({f.stem.removeprefix("segment_")
                         for f in out.glob(f"seed*/segment_{network}_blur*.json")}):
         seeds = seeds_with(out, f"segment_{name}.json")
-        pairs = [[on_real(out / join("", s), n) for n in (name, network)] for s in seeds]
-        record[name], rows = {}, []
-        for d in pairs[0][0]:
-            values = [[[r[d]["mIoU"], r[d]["accuracy"], r[d]["IoU"][VEGETATION]] for r in pair]
-                      for pair in pairs]
-            found = [mean_and_interval([v[0][i] - v[1][i] for v in values]) for i in range(3)]
-            record[name][d] = dict(zip(("mIoU", "accuracy", "vegetation"), found))
-            rows.append([d] + [f"{f['mean']:+.{n}f}{interval(f, n)}"
-                               for f, n in zip(found, (3, 1, 3))])
-        text += markdown([f"trained on; real blurred by {name.split('blur')[1]} pixels - sharp",
-                          "mIoU", "accuracy, %", "IoU of vegetation"], rows) + "\n\n"
+        before, after = ([on_real(out / join("", s), n) for s in seeds] for n in (network, name))
+        record[name], table = change_table(
+            f"trained on; real blurred by {name.split('blur')[1]} pixels - sharp", before, after)
+        text += table
     return record, text
 
 
+def epochs_of(out, network, seeds):
+    """After how many epochs the networks of these seeds were scored: "30", or "30, 60"."""
+    records = [json.loads((out / join("", s) / f"segment_{network}.json").read_text())
+               for s in seeds]
+    return ", ".join(map(str, sorted({r["epochs"] if "epochs" in r else r["settings"]["epochs"]
+                                      for r in records})))    # the oldest have it in one place
+
+
+def before_table(out, earlier, network, seeds):
+    """What was trained here against the same seeds of another study, say after fewer epochs."""
+    before, after = (runs_of(folder, network, seeds) for folder in (earlier, out))
+    shared = in_all([before[0], after[0]])[1]
+    epochs = [epochs_of(folder, network, seeds) for folder in (out, earlier)]
+    return change_table(f"trained on; after {epochs[0]} epochs - after {epochs[1]}", before,
+                        [{d: run[d] for d in shared} for run in after])
+
+
 def quality_table(out):
-    """Table 2 over the seeds: FID, KID and SSIM of every domain, seeds of R apart."""
+    """Table 2 over the seeds: FID, KID and SSIM of every domain, seeds of R apart; None where
+    only segmentation was run."""
     seeds = seeds_with(out, "table2.json")
+    if not seeds:
+        return None, ""
     records = [json.loads((out / join("", s) / "table2.json").read_text()) for s in seeds]
     digits, record, rows = {"fid": 1, "kid": 1, "ssim": 3, "ssim_range1": 4}, {}, []
     for d in records[0]["rows"]:
@@ -163,7 +192,7 @@ def quality_table(out):
                            for m, n in digits.items()])
     head = ["images vs real", f"{records[0]['label']}, N = {records[0]['n']}", "KID x 1000",
             "SSIM (L = 255)", "SSIM (L = 1)"]
-    return record, markdown(head, rows)
+    return record, markdown(head, rows) + "\n\n"
 
 
 def one_run(folder, method, network):
@@ -255,25 +284,29 @@ def chance(against):
             f"{margins[0]:.3f} mIoU and {margins[1]:.1f} % accuracy).")
 
 
-def report_network(out, network):
+def report_network(out, network, before=None):
     """The record of one segmentation network, its tables over the seeds, Tables 3 to 6 as means
     over them, and its ablations; None where no seed has it."""
     file = f"segment_{network}.json"
     seeds = seeds_with(out, file)
     if not seeds:
         return None, "", "", ""
-    title = f"### {NETWORKS[network]}, seed {', '.join(map(str, seeds))}\n\n"
+    title = (f"### {NETWORKS[network]}, {epochs_of(out, network, seeds)} epochs, seed "
+             f"{', '.join(map(str, seeds))}\n\n")
     runs = runs_of(out, network, seeds)
     gaps, table = gap_table(runs)
     differences, second = difference_table(runs)
     blurred, third = blur_table(out, network)
     record = {"seeds": seeds, "on_real": gaps, "differences": differences, "blurred": blurred}
+    if before:
+        record["since_before"], text = before_table(out, before, network, seeds)
+        third += text
     changed = ""
-    if any(seeds_with(out, file, a) for a in ABLATIONS):
+    if seeds_with(out, "table2.json") and any(seeds_with(out, file, a) for a in ABLATIONS):
         record["ablations"], text = ablations(out, network)
         changed = f"### {NETWORKS[network]}\n\n{text}\n\n"
-    scores = [next(iter(json.loads((out / join("", s) / file).read_text())["scores"].values()))
-              for s in seeds]
+    scores = in_all([next(iter(json.loads((out / join("", s) / file).read_text())
+                               ["scores"].values())) for s in seeds])
     domains = list(next(iter(scores[0].values())))
     matrices = [segment.matrix_table(network, metric, scores, domains)
                 for metric in ("mIoU", "accuracy")]
@@ -284,19 +317,23 @@ def report_network(out, network):
 def arguments():
     p = parser(__doc__)
     p.add_argument("--out", type=Path, default=Path("results/study"), help="what study.py kept")
+    p.add_argument("--before", type=Path, help="another study's: what is better or worse here?")
     return p.parse_args()
 
 
 def main():
-    out = arguments().out
-    if not seeds_with(out, "table2.json"):
-        raise UserError(f"{out}: no finished seed in it (seed*/table2.json); run study.py first")
+    args = arguments()
+    out = args.out
+    for folder in [out, args.before] if args.before else [out]:
+        if not any(seeds_with(folder, f"segment_{n}.json") for n in NETWORKS):
+            raise UserError(f"{folder}: no finished seed in it (seed*/segment_*.json); run "
+                            "study.py first")
     print(f"report.py: reads {out}/*/; writes {out}/study.md, ablations.md, study.json\n")
     quality, table = quality_table(out)
-    parts = {network: report_network(out, network) for network in NETWORKS}
+    parts = {network: report_network(out, network, args.before) for network in NETWORKS}
     records, over_seeds, matrices, changed = zip(*parts.values())
     text = "".join(["± is the standard deviation over the seeds, [ ] a 95 % interval of their mean "
-                    f"(Student's t).\n\n{table}\n\n", *over_seeds, *matrices]).strip() + "\n"
+                    f"(Student's t).\n\n{table}", *over_seeds, *matrices]).strip() + "\n"
     ablated = ("".join(changed).strip() or "No ablation has been run with these settings.") + "\n"
     write_text(out / "study.json", json.dumps({"quality": quality, **dict(zip(parts, records))},
                                               indent=1))

@@ -10,6 +10,8 @@ Writes  study/NAME/          data, checkpoints, results of every run (large; not
     python study.py --gta5 ~/gtav --cityscapes ~/cityscapes     three seeds and every ablation
     python study.py --gta5 ~/gtav --cityscapes ~/cityscapes --only seed1 l1-seed1
     python report.py                                            then: the tables over all of it
+    python study.py --images study --epochs 60 --base study60 --out results/study60 --only seed0
+                    only segmentation, for longer, on the images that the runs in study/ have made
 
 The scale is for 2 cores: 40 x 80 whole frames, batch 4, 1000 GAN steps, R averaged over the last
 200, U-Net, 30 epochs. With --precision bfloat16, on a CPU that has it, a seed takes 75 minutes of
@@ -18,6 +20,7 @@ one core and an ablation about 25; DeepLabV3+ (--network both), 15 epochs, adds 
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from prepare import UserError, lock, natural, parser, positive, start
@@ -25,7 +28,7 @@ from prepare import UserError, lock, natural, parser, positive, start
 PREPARE = "--crop none --size 40 80"
 PRETRAIN = "--steps 200 --batch-size 8 --lr 2e-4"
 GAN = "--steps 1000 --batch-size 4 --sample-every 50 --save-every 50"
-SEGMENT = "--train synthetic colour simgan ours real"
+DOMAINS = ["synthetic", "colour", "simgan", "ours", "real"]
 NETWORKS = {"unet": "U-Net", "deeplabv3plus": "DeepLabV3+"}
 D_BY_ADAM = "--d-optimizer adam --d-lr 1e-4"
 # What an ablation changes: flags of train_gan.py ("gan") or pretrain.py ("pretrain"), the images
@@ -65,6 +68,7 @@ ABLATIONS = {
     "colour-first": {"says": "R and D start from colour-matched frames", "images": "colour"},
     "colour-skip": {"says": "colour-matched frames and `--skip`", "pretrain": "--skip",
                     "images": "colour"}}
+HERE = Path(__file__).resolve().parent
 KEPT = ["results/*.md", "results/*.json", "results/table7.png", "runs/*/log.csv",
         "runs/*/curves.png", "data/*/refine.json"]
 
@@ -91,7 +95,7 @@ def run(name, args):
     """One run of the chain under study/NAME; returns when its small results are kept."""
     ablation, seed = split(name)
     change = ABLATIONS.get(ablation, {})
-    method = change.get("method", "ours")
+    method = method_of(ablation)
     base, common = args.base / name, f"--seed {seed} --precision {args.precision}"
     if ablation:
         take_over(args.base / join(change.get("from", ""), seed), base, change)
@@ -100,20 +104,49 @@ def run(name, args):
         "PREPARE": f"--gta5 {args.gta5} --cityscapes {args.cityscapes} {PREPARE}",
         "PRETRAIN": f"{common} {PRETRAIN} {change.get('pretrain', '')}",
         "GAN": f"{common} {GAN} {change.get('gan', '')}",
-        "SEGMENT": f"--seeds {seed} --precision {args.precision} "
-                   f"--epochs {' '.join(map(str, args.epochs))} {SEGMENT}"
-                   f" --network {with_finished(args.network, base, args.epochs)}"
-                   + f" --train {method}" * bool(ablation),
+        "SEGMENT": segment_flags(name, args),
         "REFINE": method if ablation else "colour pretrained ours simgan",
         "STEP": change.get("step", "average"), "R_FLAGS": change.get("refine", "")}
     if any(not (base / f"results/segment_{n}.json").is_file() for n in networks(args.network)):
         (base / "runs/stamps/segment").unlink(missing_ok=True)     # asked for a further network
-    done = subprocess.run(["make", "-C", str(Path(__file__).resolve().parent),
-                           "--no-print-directory", "stages",
-                           *[f"{k}={v}" for k, v in variables.items()]])
-    if done.returncode:
-        raise UserError(f"{base}: the chain stopped (see above); the same command goes on")
+    call(["make", "-C", str(HERE), "--no-print-directory", "stages",
+          *[f"{k}={v}" for k, v in variables.items()]], base)
     keep(base, args.out / name, method)
+
+
+def segment_again(name, args):
+    """Only segmentation, on the images that this run has under --images."""
+    source, base = args.images / name, args.base / name
+    finished(source)
+    call([sys.executable, str(HERE / "segment.py"), "--data", str(source / "data"),
+          "--out", str(base / "results"), *segment_flags(name, args).split()], base)
+    keep(base, args.out / name)
+
+
+def method_of(ablation):
+    """Whose images a run is about: "ours", unless the ablation is one of SimGAN's."""
+    return ABLATIONS.get(ablation, {}).get("method", "ours")
+
+
+def segment_flags(name, args):
+    """The flags of segment.py: a seed trains on every domain, an ablation on what it changed."""
+    ablation, seed = split(name)
+    return (f"--seeds {seed} --precision {args.precision} "
+            f"--epochs {' '.join(map(str, args.epochs))} "
+            f"--network {with_finished(args.network, args.base / name, args.epochs)} "
+            f"--train {method_of(ablation) if ablation else ' '.join(args.train)}")
+
+
+def call(command, base):
+    """Run a command to its end; UserError if it fails."""
+    if subprocess.run(command).returncode:
+        raise UserError(f"{base}: the chain stopped (see above); the same command goes on")
+
+
+def finished(run):
+    """UserError if the images of this run are not finished."""
+    if not (run / "runs/stamps/evaluate").is_file():
+        raise UserError(f"{run}: not finished; run it first (--only {run.name})")
 
 
 def networks(choice):
@@ -136,9 +169,7 @@ def take_over(source, base, change):
     stamps = base / "runs" / "stamps"
     if stamps.is_dir():
         return
-    if not (source / "runs/stamps/evaluate").is_file():
-        raise UserError(f"{source}: not finished; {base.name} starts from it "
-                        f"(--only {source.name})")
+    finished(source)
     for domain, origin in (("synthetic", change.get("images", "synthetic")), ("real", "real")):
         shutil.copytree(source / "data" / origin, base / "data" / domain, dirs_exist_ok=True)
     method, files, stages = change.get("method", "ours"), [], ["prepare"]
@@ -178,14 +209,21 @@ def arguments():
                    ", ".join(ABLATIONS) + ") or of another (NAME-seedN)")
     p.add_argument("--network", choices=[*NETWORKS, "both"], default="unet",
                    help="segmentation; asking for the other one later trains only that")
+    p.add_argument("--train", choices=DOMAINS, nargs="+", default=DOMAINS, help="what a seed "
+                   "trains segmentation on")
     p.add_argument("--epochs", type=positive(int), nargs="+", default=[30, 15], metavar="N",
                    help="of segmentation; two: of U-Net and of DeepLabV3+")
     p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32",
                    help="of the networks (bfloat16 halves the time where the CPU has it)")
+    p.add_argument("--images", type=Path, metavar="BASE", help="train only segmentation, on "
+                   "the images of the finished runs in this folder (the --base of before)")
     p.add_argument("--base", type=Path, default=Path("study"), help="where the runs lie")
     p.add_argument("--out", type=Path, default=Path("results/study"), help="the small results")
     args = p.parse_args()
-    if not (args.gta5 and args.cityscapes):
+    if args.images and (args.images.resolve() == args.base.resolve()
+                        or args.out == p.get_default("out")):
+        p.error("--images needs a --base and an --out of its own: what is there stays")
+    if not (args.images or (args.gta5 and args.cityscapes)):
         p.error("--gta5 and --cityscapes are needed (python report.py makes tables of what is run)")
     names = [join("", s) for s in args.seeds] + [join(a, s) for a in ABLATIONS
                                                  for s in args.seeds[:2]]
@@ -199,21 +237,23 @@ def arguments():
     args.base = args.base.resolve()                            # make runs in its own folder
     if args.inception not in ("imagenet", "random"):
         args.inception = Path(args.inception).resolve()
-    for folder in ("gta5", "cityscapes"):
+    for folder in ("images",) if args.images else ("gta5", "cityscapes"):
         setattr(args, folder, getattr(args, folder).resolve())
     return args
 
 
 def main():
     args = arguments()
-    print(f"study.py: reads {args.gta5}/ and {args.cityscapes}/; writes {args.base}/ and "
+    sources = [args.images] if args.images else [args.gta5, args.cityscapes]
+    print(f"study.py: reads {'/ and '.join(map(str, sources))}/; writes {args.base}/ and "
           f"{args.out}/", flush=True)
-    for folder in (args.gta5, args.cityscapes):
+    for folder in sources:
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; --gta5 and --cityscapes name them")
+            raise UserError(f"{folder}: no such folder; --gta5 and --cityscapes, or --images, "
+                            "name them")
     for name in args.only:
         lock(args.base / name)
-        run(name, args)
+        (segment_again if args.images else run)(name, args)
     print(f"done: {args.out}/; python report.py --out {args.out} makes the tables")
 
 

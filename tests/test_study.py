@@ -16,12 +16,13 @@ from prepare import UserError
 NAN, METHODS = float("nan"), ("ours", "simgan")
 
 
-def keep(folder, scores, network="unet", fid=None):
+def keep(folder, scores, network="unet", fid=None, epochs=30):
     """A kept run in which a network trained on each domain has these (mIoU, accuracy) on real."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = {d: {"real": {"mIoU": m, "accuracy": a, "IoU": [m] + [NAN] * 18, "classes": 1}}
             for d, (m, a) in scores.items()}
-    (folder / f"segment_{network}.json").write_text(json.dumps({"scores": {"0": rows}}))
+    (folder / f"segment_{network}.json").write_text(json.dumps(
+        {"epochs": epochs, "scores": {"0": rows}}))
     if fid:
         rows = {m: {"scores": {"fid": {"value": fid}, "kid": {"value": 0.02}}} for m in METHODS}
         (folder / "table2.json").write_text(json.dumps({"label": "FID", "n": 6, "rows": rows}))
@@ -69,7 +70,8 @@ def test_networks_are_reported_apart(kept):
     keep(kept / "seed0", {"synthetic": (0.1, 50.0), "simgan": (0.1, 50.0), "ours": (0.2, 51.0),
                           "real": (0.3, 52.0)}, network="deeplabv3plus")
     out, _ = call("report.py", "--out", ".", cwd=kept)
-    assert "### U-Net, seed 0, 1\n" in out and "### DeepLabV3+, seed 0\n" in out
+    assert "### U-Net, 30 epochs, seed 0, 1\n" in out
+    assert "### DeepLabV3+, 30 epochs, seed 0\n" in out
 
 
 def test_what_blurred_test_images_change(kept):
@@ -82,6 +84,27 @@ def test_what_blurred_test_images_change(kept):
     assert "| ours | +0.020 [-0.107, 0.147] | +1.0 [1.0, 1.0] |" in out
     record = json.loads((kept / "study.json").read_text())["unet"]["blurred"]["unet_blur0.6"]
     assert record["synthetic"]["mIoU"]["mean"] == pytest.approx(-0.02)
+
+
+def test_what_longer_training_changed(kept):
+    """Only segmentation was run again: no Table 2, no ablations; ours gains 0.03 and 0.01, so
+    0.02 +- 12.706 x 0.01414 / sqrt(2). A domain that one seed lacks is left out."""
+    longer = kept / "longer"
+    for seed, ours in ((0, (0.18, 66.0)), (1, (0.18, 66.0))):
+        scores = {"synthetic": (0.09, 60.0), "ours": ours, "real": (0.25, 80.0)}
+        keep(longer / f"seed{seed}", scores | ({"colour": (0.1, 60.0)} if seed else {}), epochs=60)
+        for folder, score in ((kept, 0.15), (longer, 0.20)):
+            keep(folder / study.join("d-fine", seed), {"ours": (score, 70.0)})
+    out, _ = call("report.py", "--out", "longer", "--before", ".", cwd=kept)
+    assert "### U-Net, 60 epochs, seed 0, 1\n" in out and "colour" not in out
+    assert "| trained on; after 60 epochs - after 30 | mIoU |" in out
+    assert "| ours | +0.020 [-0.107, 0.147] | +1.0 [1.0, 1.0] |" in out
+    assert "| ours, d-fine | +0.050 [0.050, 0.050] | +0.0 [0.0, 0.0] |" in out
+    assert "simgan" not in out and "images vs real" not in out
+    assert "No ablation has been run" in (longer / "ablations.md").read_text()
+    record = json.loads((longer / "study.json").read_text())
+    assert record["quality"] is None
+    assert record["unet"]["since_before"]["real"]["mIoU"]["mean"] == pytest.approx(0.05)
 
 
 def test_an_ablation_beside_ours_of_the_same_seeds(kept):
@@ -166,6 +189,10 @@ def test_mistakes(tmp_path):
     for script, flags, words in (("report.py", ["--out", "."], "no finished seed"),
                                  ("study.py", [], "--gta5"),
                                  ("study.py", folders, "no such folder"),
+                                 ("study.py", ["--images", "no"], "of its own"),
+                                 ("study.py", ["--images", "no", "--out", "o", "--base", "no"],
+                                  "of its own"),
+                                 ("study.py", ["--images", "no", "--out", "o"], "no such folder"),
                                  ("study.py", [*folders, "--only", "beta1"], "--only beta1")):
         _, err = call(script, *flags, cwd=tmp_path, status=2)
         assert words in err and "Traceback" not in err
@@ -185,7 +212,7 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
                         lambda command: asked.append(command) or SimpleNamespace(returncode=0))
     args = SimpleNamespace(base=tmp_path / "study", out=tmp_path / "out", gta5="g", cityscapes="c",
                            inception="random", network="unet", precision="bfloat16",
-                           epochs=[12, 7])
+                           epochs=[12, 7], train=study.DOMAINS)
     ablation, seed = study.split(name)
     if ablation:
         source = "d-fine" if name in ("d-fine-detail", "d-fine-beta") else f"seed{seed}"
@@ -229,6 +256,33 @@ def test_every_run_is_one_that_the_stages_take(name, tmp_path, monkeypatch):
     assert variables["REFINE"] == (method if ablation else "colour pretrained ours simgan")
     assert pretrain.d_stride == (1 if ablation in ("d-fine", "d-fine-simgan") else 3)
     assert segment.network == "unet" and segment.epochs == [12, 7]
+
+
+@pytest.mark.parametrize("name, domains", [("seed1", ["synthetic", "real"]),
+                                           ("d-fine-simgan", ["simgan"])])
+def test_only_segmentation_is_run_again(name, domains, tmp_path, monkeypatch):
+    """On the images of the finished run, with results in a folder of its own."""
+    asked, before = [], tmp_path / "study" / name
+    monkeypatch.setattr(study.subprocess, "run",
+                        lambda command: asked.append(command) or SimpleNamespace(returncode=0))
+    args = parsed(monkeypatch, "study", f"--images {tmp_path}/study --base {tmp_path}/longer --out "
+                  f"{tmp_path}/out --epochs 60 --only {name} --train synthetic real")
+    with pytest.raises(UserError, match=f"{name}.*not finished"):
+        study.segment_again(name, args)
+    (before / "runs/stamps").mkdir(parents=True)
+    (before / "runs/stamps/evaluate").touch()
+    results = tmp_path / "longer" / name / "results"
+    results.mkdir(parents=True)
+    (results / "segment_unet.json").write_text("{}")
+    study.segment_again(name, args)
+    (command,) = asked
+    flags = parsed(monkeypatch, "segment", shlex.join(command[2:]))
+    assert flags.data == before / "data" and flags.out == results and flags.train == domains
+    assert flags.epochs == [60] and flags.seeds == [study.split(name)[1]]
+    assert [f.name for f in (tmp_path / "out" / name).iterdir()] == ["segment_unet.json"]
+    monkeypatch.setattr(study.subprocess, "run", lambda command: SimpleNamespace(returncode=2))
+    with pytest.raises(UserError, match="stopped"):
+        study.segment_again(name, args)
 
 
 def test_a_further_network_is_shown_beside_the_first(tmp_path):
