@@ -15,6 +15,7 @@ Writes  runs/METHOD/average.pt  R with its weights averaged over the last steps:
     python train_gan.py --rec l1                    L_rec as the paper prints it
     python train_gan.py --method simgan             the baseline, same losses
     python train_gan.py --resume                    go on after a stop, with the same flags
+    python train_gan.py --resume --steps 8000       go further than was asked for at first
 
 A step of batch 8 takes 0.8 s at 32 x 64 on 2 cores; the time is linear in images and pixels, so
 one of batch 16 takes about 10 s at 80 x 160: the full run wants a GPU.
@@ -341,13 +342,32 @@ def load_data(folder):
     return synthetic, real, [images[:n] for images in pairs]
 
 
+def warm_up(steps):
+    """After which step of a run the best one is looked for (see `score`)."""
+    return min(WARM_UP, steps // 2)
+
+
+def check_steps(path, state, args):
+    """Another --steps may be asked for if until here the run would have been the same with it."""
+    done, old = state["step"], int(state["settings"]["steps"])
+    if args.steps < done:
+        raise UserError(f"{path}: has done {done} steps, more than --steps {args.steps}")
+    odd_look = done == old and done % args.sample_every        # the last step is always judged
+    if args.steps != old and (warm_up(args.steps) != warm_up(old) or odd_look):
+        raise UserError(f"{path}: was run with steps = {old}, not {args.steps}, and looked for its "
+                        f"best step accordingly; only a run of {2 * WARM_UP} steps or more, a "
+                        "multiple of --sample-every, can go further")
+
+
 def main():
     args = arguments()
     lock(args.run, make=False)
     device = pick_device(args.device)
-    settings = {k: str(v) for k, v in vars(args).items()
-                if k not in ("run", "resume", "overwrite", "device", "save_every", "compile")}
+    settings = {k: str(v) for k, v in vars(args).items() if k not in (
+        "run", "resume", "overwrite", "device", "save_every", "compile", "steps")}
     state = resume_or_start(args.run / "last.pt", "gan", settings, args.resume, args.overwrite)
+    if state:
+        check_steps(args.run / "last.pt", state, args)
     pretrained = load_checkpoint(args.run / "pretrain.pt", ["pretrain"],
                                  f"run pretrain.py --method {args.method} first")
     if not pretrained["finished"]:
@@ -359,13 +379,13 @@ def main():
     settings.update(pretrain=sha256(*pretrained["refiner"].values())[:16],
                     images=sha256(synthetic, real)[:16])
     same_settings(args.run / "last.pt", state["settings"] if state else settings, settings)
+    settings["steps"] = str(args.steps)
     run = Run(args, device, state or pretrained)
     synthetic, real = keep_on(device, synthetic, real)
     if not run.step:                                          # the history is never empty
         with torch.no_grad():
             run.history.add(to_uint8(run.R(run.batch(synthetic, args.batch_size))))
 
-    warm_up = min(WARM_UP, args.steps // 2)
     stop, said, pending, clock = stop_requests(), set(), [], time.perf_counter()
     bar = progress(total=args.steps, initial=run.step, unit="step", desc=f"GAN {args.method}")
     while run.step < args.steps:
@@ -383,7 +403,7 @@ def main():
         if look or last:
             run.log[-1][-1] = sample(run, pairs)
             watch(run.log[-args.sample_every:], run.step, said)
-            if run.step > warm_up:
+            if run.step > warm_up(args.steps):
                 run.judge(run.log[-args.sample_every:])
         if save:
             run.save(settings)

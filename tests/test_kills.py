@@ -229,6 +229,37 @@ def run_here(monkeypatch, folder, script, flags, every):
     module.main()
 
 
+def test_a_finished_run_goes_further_as_if_it_had_been_asked_for(fresh, monkeypatch):
+    """Where the best step is looked for from the same step on: checkpoints, log and Figure 1
+    are those of the longer run."""
+    monkeypatch.setattr(train_gan, "WARM_UP", 2)
+    flags = ["--batch-size", 2, "--sample-every", 2, "--average", 3, "--steps"]
+    shutil.copytree(fresh / "runs/ours", fresh / "runs/parts")
+    run_here(monkeypatch, fresh, "train_gan", [*flags, 10], 1)
+    run_here(monkeypatch, fresh, "train_gan", [*flags, 4, "--run", "runs/parts"], 1)
+    run_here(monkeypatch, fresh, "train_gan", [*flags, 10, "--run", "runs/parts", "--resume"], 1)
+    a, b = fresh / "runs/ours", fresh / "runs/parts"
+    assert equal(*(without_clock(load_checkpoint(r / "last.pt", ["gan"], "")) for r in (a, b)))
+    for name, stage in (("gan.pt", "best"), ("average.pt", "average")):
+        assert equal(*(load_checkpoint(r / name, [stage], "") for r in (a, b)))
+    assert rows_of(a / "log.csv") == rows_of(b / "log.csv")
+    assert (a / "curves.png").read_bytes() == (b / "curves.png").read_bytes()
+
+
+def test_a_run_that_would_have_been_another_does_not_go_further(fresh, monkeypatch):
+    """A short one looks for its best step in its second half; the last step is judged even
+    between two samples; what is done stays done."""
+    flags = ["--batch-size", 2, "--sample-every", 2, "--average", 3, "--steps"]
+    call("train_gan.py", *flags, 5, cwd=fresh)
+    _, err = call("train_gan.py", *flags, 6, "--resume", cwd=fresh, status=2)
+    assert "last.pt: was run with steps = 5, not 6" in err and "2000 steps or more" in err
+    monkeypatch.setattr(train_gan, "WARM_UP", 2)
+    for steps, words in ((6, "steps = 5, not 6"), (4, "has done 5 steps")):
+        with pytest.raises(UserError, match=words):
+            run_here(monkeypatch, fresh, "train_gan", [*flags, steps, "--resume"], 1)
+    assert load_checkpoint(fresh / "runs/ours/last.pt", ["gan"], "")["step"] == 5
+
+
 @pytest.mark.parametrize("every", [1, 20])
 @pytest.mark.parametrize("script, term", [("train_gan", "loss_adv"), ("pretrain", "loss")])
 def test_a_loss_that_is_no_number_keeps_the_last_good_state(fresh, script, term, every,
