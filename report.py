@@ -99,13 +99,15 @@ def markdown(head, rows):
 
 
 def gap_table(runs):
-    """The table over the seeds: scores on real, and the share of the gap closed."""
-    record, rows = {}, []
+    """The table over the seeds: scores on real, and, where the networks trained on synthetic and
+    on real images are both there, the share of the gap closed."""
+    record, rows, ends = {}, [], {"synthetic", "real"}
     for d in sorted(runs[0], key=lambda d: d == "real"):       # real is the last row
         row = {m: mean_and_interval([r[d][m] for r in runs]) for m in ("mIoU", "accuracy")}
-        row |= {f"gap_{m}": mean_and_interval(gap_closed(runs, d, m)) for m in row}
+        if ends <= set(runs[0]):
+            row |= {f"gap_{m}": mean_and_interval(gap_closed(runs, d, m)) for m in row}
         record[d] = row
-        gaps = ["-", "-"] if d in ("synthetic", "real") else [
+        gaps = ["-", "-"] if d in ends or "gap_mIoU" not in row else [
             f"{row[g]['mean']:.0f}{interval(row[g])}" for g in ("gap_mIoU", "gap_accuracy")]
         rows.append([d, cell(row["mIoU"], 3), cell(row["accuracy"], 1), *gaps])
     return record, markdown(["trained on", "mIoU on real", "accuracy on real, %",
@@ -119,8 +121,8 @@ def difference_table(runs):
     pairs = [("ours", d) for d in runs[0] if d not in ("ours", "real") and "," not in d]
     for changed in [d for d in runs[0] if d.startswith("ours, ")]:
         simgan = changed.replace("ours", "simgan")
-        pairs += [(changed, d) for d in ("synthetic", "colour", "ours", simgan) if d in runs[0]]
-    for one, other in pairs:
+        pairs += [(changed, d) for d in ("synthetic", "colour", "ours", simgan)]
+    for one, other in [pair for pair in pairs if set(pair) <= set(runs[0])]:
         found = {m: mean_and_interval([r[one][m] - r[other][m] for r in runs])
                  for m in ("mIoU", "accuracy")}
         record[other if one == "ours" else f"{one} - {other}"] = found
@@ -168,7 +170,11 @@ def epochs_of(out, network, seeds):
 
 
 def before_table(out, earlier, network, seeds):
-    """What was trained here against the same seeds of another study, say after fewer epochs."""
+    """What was trained here against the same seeds of another study, say after fewer epochs;
+    nothing where they have no seed in common."""
+    seeds = [s for s in seeds_with(earlier, f"segment_{network}.json") if s in seeds]
+    if not seeds:
+        return {}, ""
     before, after = (runs_of(folder, network, seeds) for folder in (earlier, out))
     shared = in_all([before[0], after[0]])[1]
     epochs = [epochs_of(folder, network, seeds) for folder in (out, earlier)]

@@ -107,6 +107,22 @@ def test_what_longer_training_changed(kept):
     assert record["unet"]["since_before"]["real"]["mIoU"]["mean"] == pytest.approx(0.05)
 
 
+def test_a_part_of_a_study_has_the_tables_that_it_can_have(kept):
+    """Only real (no gap), no ours (no difference to it), another study with fewer seeds."""
+    part = kept / "part"
+    keep(part / "seed0", {"real": (0.25, 81.0)}, epochs=60)
+    out, _ = call("report.py", "--out", "part", cwd=kept)
+    assert "| real | 0.250 | 81.0 | - | - |" in out
+    keep(part / "seed0", {"synthetic": (0.10, 60.0), "real": (0.25, 81.0)}, epochs=60)
+    call("report.py", "--out", "part", cwd=kept)
+    out, _ = call("report.py", "--out", ".", "--before", "part", cwd=kept)
+    assert "| trained on; after 30 epochs - after 60 |" in out and "| real | -0.050 | -1.0 |" in out
+    keep(part / "seed7", {"real": (0.25, 81.0)})
+    (part / "seed0/segment_unet.json").unlink()
+    out, _ = call("report.py", "--out", ".", "--before", "part", cwd=kept)
+    assert "trained on; after" not in out
+
+
 def test_an_ablation_beside_ours_of_the_same_seeds(kept):
     """Seeds side by side, the step that was used, and the mean difference to ours."""
     keep(kept / "skip", {"ours": (0.18, 70.0)}, fid=8.0)
