@@ -40,15 +40,22 @@ paper: .venv/installed
 	$(MAKE) --no-print-directory stages BASE= \
 	  PREPARE="--gta5 $(GTA5) --cityscapes $(CITYSCAPES)" SEGMENT="--network both"
 
-STUDY_PY = study.py --gta5 $(GTA5) --cityscapes $(CITYSCAPES) --inception $(INCEPTION) $(STUDY)
+STUDY_PY = $(PY) study.py --gta5 $(GTA5) --cityscapes $(CITYSCAPES) --inception $(INCEPTION) \
+  $(STUDY)
+# The seeds, and on each of them the finer D with and without perceptual pre-training.
+MAIN := seed0 seed1 seed2 d-fine d-fine-seed1 d-fine-seed2 \
+  d-fine-simgan d-fine-simgan-seed1 d-fine-simgan-seed2
 
-study: .venv/installed            # both networks over the seeds, then U-Net for the ablations
+study: .venv/installed            # both networks; U-Net for the ablations; both for twice as long
 	@test -n "$(GTA5)" -a -n "$(CITYSCAPES)" || { \
 	  echo "usage: make study GTA5=DIR CITYSCAPES=DIR [INCEPTION=imagenet|FILE] [STUDY=FLAGS]"; \
 	  exit 2; }
-	$(PY) $(STUDY_PY) --network both --only seed0 seed1 seed2
-	$(PY) $(STUDY_PY)
+	$(STUDY_PY) --network both --only $(MAIN)
+	$(STUDY_PY)
+	$(STUDY_PY) --images study --network both --epochs 60 30 --base study60 \
+	  --out results/study60 --only $(MAIN)
 	$(PY) report.py
+	$(PY) report.py --out results/study60 --before results/study
 
 clean-demo:
 	rm -rf demo

@@ -1,12 +1,15 @@
 """study.py: its commands are ones the stages take; report.py: its tables against closed forms."""
 import importlib
 import json
+import os
+import re
 import shlex
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import call
+from conftest import ROOT, call
 
 import report
 import study
@@ -218,6 +221,21 @@ def parsed(monkeypatch, stage, flags):
     """What the stage's own parser makes of the flags."""
     monkeypatch.setattr(sys, "argv", [f"{stage}.py", *shlex.split(flags)])
     return importlib.import_module(stage).arguments()
+
+
+def test_make_study_asks_for_what_its_scripts_take(monkeypatch):
+    """The chain for every seed and ablation, then segmentation again for twice as long on the
+    images of runs that the first commands finish, and both reports."""
+    done = subprocess.run(["make", "-n", "study", "GTA5=g", "CITYSCAPES=c"], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "MAKEFLAGS": ""}, check=True)
+    found = re.findall(r"python (study|report)\.py(.*)", done.stdout.replace("\\\n", ""))
+    asked = [parsed(monkeypatch, stage, flags) for stage, flags in found]
+    assert [stage for stage, _ in found] == ["study"] * 3 + ["report"] * 2
+    main, every, longer, tables, compared = asked
+    assert longer.images == main.base and set(longer.only) == set(main.only) > set(every.only[:3])
+    assert [2 * n for n in main.epochs] == longer.epochs and longer.network == "both"
+    assert (tables.out, tables.before) == (main.out, None) and longer.base != main.base
+    assert (compared.out, compared.before) == (longer.out, main.out)
 
 
 @pytest.mark.parametrize("name", ["seed1", "skip-seed1", "l1-seed1", *study.ABLATIONS])
