@@ -547,20 +547,29 @@ class UNet(nn.Module):
         return self.head(x)[..., :height, :width]
 
 
-class AtrousConv(nn.Conv2d):
+class AtrousConv(nn.Module):
     """A dilated 3x3 convolution that leaves out weights which meet nothing but padding.
 
     Where the rate reaches the size of the map only the weight in the middle meets the image (Chen
     et al. 2017, section 3.3): at 40 x 80 the maps are 3 x 5 and that is so at every rate of ASPP.
-    Same result, same gradient, there a ninth of the work.
+    Same result, there a ninth of the work. The nine weights of a filter are nine parameters, so
+    that what is left out has no gradient at all, and the optimiser passes it over.
     """
 
+    def __init__(self, inputs, outputs, rate):
+        super().__init__()
+        self.rate = rate
+        whole = nn.Conv2d(inputs, outputs, 3, bias=False).weight.detach()    # its initial values
+        self.weights = nn.ParameterList(whole[:, :, i, j].clone() for i in range(3)
+                                        for j in range(3))                   # [outputs, inputs]
+
     def forward(self, x):
-        rate, weight = self.dilation[0], self.weight
-        tall, wide = x.shape[-2] > rate, x.shape[-1] > rate
-        weight = weight if tall else weight[:, :, 1:2]
-        weight = weight if wide else weight[:, :, :, 1:2]
-        return F.conv2d(x, weight, padding=(rate * tall, rate * wide), dilation=rate)
+        tall, wide = x.shape[-2] > self.rate, x.shape[-1] > self.rate
+        rows, columns = range(3) if tall else [1], range(3) if wide else [1]
+        weight = torch.stack([torch.stack([self.weights[3 * i + j] for j in columns], -1)
+                              for i in rows], -2)              # [outputs, inputs, 1 or 3, 1 or 3]
+        return F.conv2d(x, weight, padding=(self.rate * tall, self.rate * wide),
+                        dilation=self.rate)
 
 
 class DeepLabV3Plus(nn.Module):
@@ -585,7 +594,7 @@ class DeepLabV3Plus(nn.Module):
         rates = [6, 12, 18]
         self.aspp = ASPP(2048, rates)
         for branch, rate in zip(self.aspp.convs[1:4], rates):
-            branch[0] = AtrousConv(2048, 256, 3, padding=rate, dilation=rate, bias=False)
+            branch[0] = AtrousConv(2048, 256, rate)
         self.low = nn.Sequential(nn.Conv2d(256, 48, 1, bias=False), nn.BatchNorm2d(48),
                                  nn.ReLU(inplace=True))
         self.decoder = double_conv(256 + 48, 256)

@@ -149,7 +149,8 @@ def trained(network, domain, seed, data, args, device):
     net = speed_up(build(network, args.backbone_weights), device, args.precision)
     if path.is_file():
         state = load_tensors(path, "weights")
-        if isinstance(state, dict) and state.get("settings") == wanted:
+        if (isinstance(state, dict) and state.get("settings") == wanted
+                and state["weights"].keys() == net.state_dict().keys()):  # not an older network's
             net.load_state_dict(state["weights"])
             print(f"{path}: trained before, not again")
             return net

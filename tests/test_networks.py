@@ -107,17 +107,17 @@ def test_segmenters_label_every_pixel(deeplab, height, width):
 def test_aspp_has_its_rates(deeplab):
     """Section 3.3 of the DeepLabV3 paper: 6, 12 and 18 at output stride 16."""
     convolutions = [branch[0] for branch in deeplab.aspp.convs[1:4]]
-    assert [(type(c), c.dilation, c.padding) for c in convolutions] == [
-        (AtrousConv, (r, r), (r, r)) for r in (6, 12, 18)]
+    assert [(type(c), c.rate) for c in convolutions] == [(AtrousConv, r) for r in (6, 12, 18)]
 
 
-@pytest.mark.parametrize("size", [(3, 5), (5, 10), (10, 5), (7, 7)])
-def test_atrous_convolution_equals_the_whole_one(size):
-    """Without the weights that meet only padding: the same values, the same gradients, and none
-    at all for what was left out. The rate is 6: one, both or no sides of the map reach it."""
-    ours = AtrousConv(4, 3, 3, padding=6, dilation=6, bias=False).double()
+@pytest.mark.parametrize("size, used", [((3, 5), [4]), ((5, 10), [3, 4, 5]), ((10, 5), [1, 4, 7]),
+                                        ((7, 7), range(9))])
+def test_atrous_convolution_equals_the_whole_one(size, used):
+    """The same values and gradients, and no gradient at all for the weights that meet only
+    padding, whose gradient there is 0. The rate is 6: one, both or no sides of the map reach it."""
+    ours = AtrousConv(4, 3, 6).double()
     whole = nn.Conv2d(4, 3, 3, padding=6, dilation=6, bias=False).double()
-    whole.load_state_dict(ours.state_dict())
+    whole.weight.data = torch.stack(list(ours.weights), -1).view(3, 4, 3, 3)
     x = [torch.randn(2, 4, *size, dtype=torch.float64).requires_grad_()]
     x.append(x[0].detach().clone().requires_grad_())
     y = [net(image) for net, image in zip((ours, whole), x)]
@@ -125,7 +125,22 @@ def test_atrous_convolution_equals_the_whole_one(size):
     for value in y:
         value.square().sum().backward()
     torch.testing.assert_close(x[0].grad, x[1].grad)
-    torch.testing.assert_close(ours.weight.grad, whole.weight.grad)
+    for k, weight in enumerate(ours.weights):
+        wanted = whole.weight.grad[:, :, k // 3, k % 3]
+        if k in used:
+            torch.testing.assert_close(weight.grad, wanted)
+        else:
+            assert weight.grad is None and not wanted.any()
+
+
+def test_atrous_convolution_starts_as_the_whole_one():
+    """PyTorch's initial values, of as many random numbers: seeds mean what they meant."""
+    torch.manual_seed(5)
+    ours, after = AtrousConv(4, 3, 6), torch.rand(1)
+    torch.manual_seed(5)
+    whole = nn.Conv2d(4, 3, 3, bias=False).weight
+    assert torch.equal(torch.stack(list(ours.weights), -1).view(3, 4, 3, 3), whole)
+    assert torch.equal(after, torch.rand(1))
 
 
 @pytest.mark.parametrize("size, kernel, stride, rows, columns", [

@@ -149,8 +149,12 @@ def test_a_finished_cell_is_not_trained_again_but_a_changed_one_is(finished):
     after = json.loads((finished / "results/segment_unet.json").read_text())["scores"]["0"]
     assert str(before) == str(after)                        # nan equals nan as text
     (finished / "results/weights/unet_real_seed0.pt").unlink()
+    older = finished / "results/weights/unet_ours_seed0.pt"  # whose layers had other names
+    state = torch.load(older, weights_only=True)
+    state["weights"] = {f"old.{k}": v for k, v in state["weights"].items()}
+    torch.save(state, older)
     out, _ = call("segment.py", *flags, "--epochs", 1, cwd=finished)
-    assert out.count("trained before, not again") == 4
+    assert out.count("trained before, not again") == 3
     again = json.loads((finished / "results/segment_unet.json").read_text())["scores"]["0"]
     assert str(before) == str(again)                        # the same seed, the same network
     out, _ = call("segment.py", *flags, "--epochs", 2, "--train", "ours", cwd=finished)
