@@ -56,7 +56,8 @@ def test_the_readmes_links_lead_somewhere(readme):
 @pytest.mark.parametrize("readme, table, since, until", [
     (0, "bench", "", ""), (0, "demo/table2", "", "| difference"),
     (0, "demo/segment_unet", "", "accuracy (%)"), (0, "study60/study", "", "mIoU (fraction)"),
-    (0, "study/study", "", "### U-Net"), (0, "study/study", "| trained on; real bl", "### DeepLab"),
+    (0, "again/study", "### DeepLab", "mIoU (fraction)"), (0, "study/study", "", "### U-Net"),
+    (0, "study/study", "| trained on; real bl", "### DeepLab"),
     (0, "study/seed0/table2", "| class (share", ""), (0, "study/ablations", "", "### DeepLab"),
     (1, "study/study", "### U-Net", "| trained on; real bl"),
     (1, "study/study", "### DeepLab", "mIoU (fraction)"), (1, "study/ablations", "### DeepLab", ""),
