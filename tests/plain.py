@@ -1,0 +1,150 @@
+"""The paper a second time: no command line, no saving, no speed. What the stages must compute.
+
+x is synthetic, y real; R refines, D tells refined from real. Random draws, in their order:
+- pre-training: torch's generator gives R's weights, then D's. Another one gives each step of R a
+  synthetic batch, each step of D a synthetic and a real one; all batches with replacement.
+- adversarial training: a new one gives a synthetic batch, whose refined images begin the history.
+  Each step: two synthetic batches for R; for D the new part of its refined batch, a real batch,
+  the old part; where the history is full, an order of its places, of which new ones take the first.
+- U-Net: torch's generator gives the weights, each epoch the order of the images, and for each
+  batch one number an image: below 1/2 it is mirrored, and its label with it.
+"""
+import torch
+import torch.nn.functional as F
+
+from models import Discriminator, Refiner, UNet, load_inception
+
+REAL, REFINED = 0, 1                                      # D's two classes
+LAYOUT = (torch.contiguous_format if torch.backends.cpu.get_cpu_capability() == "AVX2"
+          else torch.channels_last)          # in memory: how sums are rounded, nothing else
+
+
+def as_input(images):
+    return images.float() / 127.5 - 1                     # 0..255 to -1..1
+
+
+def as_images(x):
+    return ((x.detach() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def draw(images, n, random):
+    return as_input(images[torch.randint(len(images), (n,), generator=random)])
+
+
+def judge(logits, truth):
+    """-log P(truth), the mean over patches and images, and the share of patches that are right."""
+    return -F.log_softmax(logits, 1)[:, truth].mean(), (logits.argmax(1) == truth).float().mean()
+
+
+def optimiser(name, net, lr):
+    if name == "adam":
+        return torch.optim.Adam(net.parameters(), lr, fused=True)
+    return torch.optim.SGD(net.parameters(), lr, momentum={"momentum": 0.9, "sgd": 0}[name])
+
+
+def descend(optimiser, loss):
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+
+
+def pretrain(synthetic, real, seed=0, method="ours", layer="Conv2d_4a_3x3", steps=1200,
+             d_steps=400, batch_size=16, lr=1e-4, d_lr=1e-3, optimizer="adam",
+             d_optimizer="momentum", final_relu=False, d_stride=3):
+    """R learns to change nothing, D to tell x from y. Returns R, D and the log's two columns."""
+    psi = load_inception("random", layer, real, seed) if method == "ours" else None
+    torch.manual_seed(seed)
+    R = Refiner().to(memory_format=LAYOUT)
+    D = Discriminator(final_relu, d_stride).to(memory_format=LAYOUT)
+    of_R, of_D = optimiser(optimizer, R, lr), optimiser(d_optimizer, D, d_lr)
+    random, log = torch.Generator().manual_seed(seed), []
+    for _ in range(steps):
+        x = draw(synthetic, batch_size, random)
+        refined = R(x)
+        loss = change = (refined - x).abs().mean()                       # Eq 4, as a mean
+        if method == "ours":
+            loss = (psi(refined) - psi(x)).square().mean()               # Eq 5
+        descend(of_R, loss)
+        log.append([loss.item(), change.item()])
+    for _ in range(d_steps):
+        x, y = draw(synthetic, batch_size, random), draw(real, batch_size, random)
+        (loss_x, right_x), (loss_y, right_y) = judge(D(x), REFINED), judge(D(y), REAL)
+        descend(of_D, loss_x + loss_y)                                   # Eq 1, mended
+        log.append([(loss_x + loss_y).item(), (right_x + right_y).item() / 2])
+    return R, D, log
+
+
+def train(R, D, synthetic, real, seed=0, steps=5000, batch_size=16, lr=1e-4, d_lr=1e-3, alpha=50,
+          beta=4e-6, rec="l2", rec_batch=512, history=100, average=200, optimizer="sgd",
+          d_optimizer="momentum", sample_every=100):
+    """Twice R, once D, and so on. Returns the log, R averaged, the best step and its R."""
+    of_R, of_D = optimiser(optimizer, R, lr), optimiser(d_optimizer, D, d_lr)
+    random = torch.Generator().manual_seed(seed)
+    room, n_old = history * batch_size, batch_size // 2 if history else 0
+    past = list(as_images(R(draw(synthetic, batch_size, random))))[:room]
+    mean = {name: weight.clone() for name, weight in R.state_dict().items()}
+    log, good, highest = [], [], -torch.inf
+    for step in range(1, steps + 1):
+        for _ in range(2):                                               # R; D is fixed
+            x = draw(synthetic, batch_size, random)
+            refined = R(x)
+            loss_adv, _ = judge(D(refined), REAL)                        # Eq 3
+            change = (refined - x).abs().mean()
+            distance = change if rec == "l1" else (refined - x).square().mean()
+            loss_rec = rec_batch * 3 * 80 * 160 * distance               # Eq 4, a sum
+            descend(of_R, alpha * loss_adv + beta * loss_rec)            # Eq 2
+        x, y = draw(synthetic, batch_size - n_old, random), draw(real, batch_size, random)
+        places = torch.randint(len(past), (n_old,), generator=random) if n_old else []
+        new, old = list(as_images(R(x))), [past[i] for i in places]      # D; R is fixed
+        loss_refined, right_refined = judge(D(as_input(torch.stack(new + old))), REFINED)
+        loss_real, right_real = judge(D(y), REAL)
+        descend(of_D, loss_refined + loss_real)                          # Eq 1, mended
+        free = room - len(past)
+        past += new[:free]
+        if len(new) > free:
+            for place, image in zip(torch.randperm(len(past), generator=random), new[free:]):
+                past[place] = image
+        for name, weight in R.state_dict().items():                      # R averaged
+            mean[name].lerp_(weight, 1 / min(step, average))
+        log.append([value.item() for value in (loss_adv, loss_rec, loss_real, loss_refined,
+                                               right_real, right_refined, change)] + [len(past)])
+        good.append(loss_refined - loss_real - loss_adv)                 # the rule, section 5.1
+        rule = torch.stack(good[-sample_every:]).mean()
+        looks = step % sample_every == 0 or step == steps
+        if looks and step > min(1000, steps // 2) and rule > highest:
+            highest, best_step = rule, step
+            best = {name: weight.clone() for name, weight in R.state_dict().items()}
+    return log, mean, best_step, best
+
+
+def train_unet(images, labels, seed=0, epochs=30, batch_size=16, lr=1e-3):
+    """Cross-entropy where the label is not void (255); images that fill no batch wait."""
+    torch.manual_seed(seed)
+    net = UNet().to(memory_format=torch.channels_last)
+    adam, batches = optimiser("adam", net, lr), len(images) // batch_size
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, epochs * batches)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(images)).split(batch_size)[:batches]:
+            x, y = images[chosen], labels[chosen]
+            for i, number in enumerate(torch.rand(batch_size)):
+                if number < 0.5:
+                    x[i], y[i] = x[i].flip(-1), y[i].flip(-1)
+            descend(adam, F.cross_entropy(net(as_input(x)), y.long(), ignore_index=255))
+            cosine.step()
+    return net.eval()
+
+
+def confusion(net, images, labels):
+    """How many pixels of a class (row) are taken for which (column); void ones do not count."""
+    matrix, predicted = torch.zeros(19, 19, dtype=int), net(as_input(images)).argmax(1)
+    for truth, guess in zip(labels[labels != 255].tolist(), predicted[labels != 255].tolist()):
+        matrix[truth, guess] += 1
+    return matrix.tolist()
+
+
+def fid(a, b):
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) of features [N, d]; S1 = A'A, S2 = B'B."""
+    gap = (a.mean(0) - b.mean(0)).square().sum()
+    a, b = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (a, b))
+    eigenvalues = torch.linalg.eigvals(a @ b.T @ b @ a.T).real           # those of S1 S2 but 0
+    return gap + a.square().sum() + b.square().sum() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
