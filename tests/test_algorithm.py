@@ -49,30 +49,27 @@ def cwd(tmp_path_factory):
     return cwd
 
 
-def images(cwd, split, *domains):
-    return [load_images(cwd / "data" / domain / split) for domain in domains]
-
-
 # ------------------------------------------------------------------------------ 1. training
 
-PRETRAIN = {"loss": "R: Eq 5 or (simgan) 4 of synthetic images; D: Eq 1, class 0 being real images "
-                    "and class 1 synthetic ones",
-            "mean_change_or_accuracy": "R: mean |R(x) - x|; D: share of right patches"}
-GAN = {"loss_adv": "Eq 3, D's verdict on R(x), x the second of two synthetic batches",
+# What a wrong column of a log says.
+PRETRAIN = {"loss": "R: Eq 5 or, for simgan, 4, of synthetic images; D: Eq 1, in which synthetic "
+                    "images are class 1 and real ones class 0",
+            "mean_change_or_accuracy": "R: mean |R(x) - x|; D: the share of right patches"}
+GAN = {"loss_adv": "Eq 3: D's verdict on R(x), x the second of two synthetic batches",
        "loss_rec": "Eq 4 of that batch: squares or l1, a sum over --rec-batch images",
-       "d_loss_real": "Eq 1, D's verdict on real images",
-       "d_loss_refined": "Eq 1, D's verdict on refined images, half of them from the history",
-       "d_acc_real": "D's share of right patches of real images",
-       "d_acc_refined": "D's share of right patches of refined images",
+       "d_loss_real": "Eq 1: D's verdict on a batch of real images",
+       "d_loss_refined": "Eq 1: D's verdict on refined images, half of them from the history",
+       "d_acc_real": "patches of real images that D takes for real",
+       "d_acc_refined": "patches of refined images that D takes for refined",
        "mean_change": "mean |R(x) - x|, x the second of two synthetic batches",
        "history": "how many refined images the history holds"}
-UPDATE = ("the first steps are right, so an update is wrong: an optimiser, a learning rate, a sign, "
-          "what the history takes in, what --resume brings back")
+UPDATE = ("step 1 is right, so it is what a step leaves behind: the update (its sign, optimiser, "
+          "learning rate), the history's new images, or what --resume brings back")
 # Settings of both scripts, of pretrain.py, of train_gan.py; what is not there is the default.
 RUNS = {
     "ours": (dict(batch_size=2), dict(steps=3, d_steps=3), dict(steps=6, sample_every=1)),
     "simgan": (
-        dict(batch_size=3),
+        dict(batch_size=2),
         dict(steps=3, d_steps=3, lr=.01, d_lr=1e-4, optimizer="sgd", d_optimizer="adam"),
         dict(steps=5, lr=1e-3, d_lr=1e-4, optimizer="momentum", d_optimizer="adam", history=0,
              rec="l1", average=3, sample_every=2)),
@@ -80,11 +77,11 @@ RUNS = {
         dict(batch_size=3, seed=1),
         dict(steps=3, d_steps=3, d_lr=.01, optimizer="momentum", d_optimizer="sgd",
              layer="Conv2d_2b_3x3", final_relu=True, d_stride=1),
-        dict(steps=7, optimizer="adam", d_optimizer="sgd", history=1, rec_batch=64, alpha=3,
+        dict(steps=7, optimizer="adam", d_optimizer="sgd", history=2, rec_batch=64, alpha=3,
              beta=1e-3, average=4, sample_every=3)),
     "resumed": (
-        dict(batch_size=4), dict(steps=6, d_steps=2),
-        dict(steps=7, optimizer="momentum", d_optimizer="adam", history=2, rec="l1", beta=1e-4,
+        dict(batch_size=2), dict(steps=10, d_steps=2),
+        dict(steps=10, optimizer="momentum", d_optimizer="adam", history=1, rec="l1", beta=1e-4,
              sample_every=4))}
 
 
@@ -103,23 +100,23 @@ def begin(script, where, settings, cwd, stop_at):
 
 
 def compare(log, meaning, wanted, weights):
-    """A log against its wanted rows; weights, {what: (found, wanted)}: all that differs at once."""
-    rows, wrong = list(csv.DictReader(log.open())), []
-    assert [row["step"] for row in rows] == [str(i + 1) for i in range(len(wanted))]
-    for k, column in enumerate(meaning):
-        pairs = [(row[column], f"{values[k]:.6g}") for row, values in zip(rows, wanted)]
-        steps = [i + 1 for i, (found, right) in enumerate(pairs) if found != right]
-        if steps:
-            found, right = pairs[steps[0] - 1]
-            wrong.append((steps[0], f"{log.name}: {column} is {found}, not {right}, in step "
-                                    f"{steps[0]} ({meaning[column]})"))
-    hint = [UPDATE] if wrong and min(wrong)[0] > 1 else []
-    texts = [text for _, text in sorted(wrong)] + hint
+    """A log against its rows as they should be, weights {what: (found, wanted)}: fails with all
+    that differs, what differs first in front."""
+    rows, wrong = list(csv.DictReader(log.open())), {}
+    assert [row["step"] for row in rows] == [str(i + 1) for i in range(len(wanted))], log
+    for step, (row, values) in enumerate(zip(rows, wanted), 1):
+        for column, value in zip(meaning, values):
+            if row[column] != f"{value:.6g}":
+                wrong.setdefault(column, f"step {step}: {column} is {row[column]}, not {value:.6g} "
+                                         f"({meaning[column]})")
+    texts = list(wrong.values())
+    if texts and not texts[0].startswith("step 1:"):
+        texts.append(UPDATE)
     for what, (found, right) in weights.items():
         names = [k for k in right if not torch.equal(found[k], right[k])]
         if names:
             texts.append(f"{what}: {len(names)} tensors of {len(right)} differ, {names[0]} first")
-    assert not texts, "\n".join(["", *texts])
+    assert not texts, "\n".join([log.name, *texts])
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -127,12 +124,14 @@ def test_training_is_the_papers(name, cwd):
     """Bit for bit: both logs, R, D, the averaged R, the best step and its R."""
     both, pretrain, gan = RUNS[name]
     where = {"ours": [], "simgan": ["--method", "simgan"]}.get(name, ["--run", f"runs/{name}"])
-    method = "simgan" if name == "simgan" else "ours"
     run, stop = cwd / "runs" / name, name == "resumed"
-    x, y = images(cwd, "train", "synthetic", "real")
+    x, y, x_test, y_test = (load_images(cwd / "data" / d / split) for split in ("train", "test")
+                            for d in ("synthetic", "real"))
+
     process = begin("pretrain.py", [*where, "--inception", "random"], {**both, **pretrain}, cwd,
                     run / "pretrain.pt" if stop else None)
-    R, D, log = plain.pretrain(x, y, method=method, **both, **pretrain)
+    R, D, log = plain.pretrain(x, y, method="simgan" if name == "simgan" else "ours",
+                               **both, **pretrain)
     assert process.wait() == 0, process.read("stderr")
     file = torch.load(run / "pretrain.pt", weights_only=True)
     compare(run / "pretrain.csv", PRETRAIN, log, {
@@ -148,12 +147,11 @@ def test_training_is_the_papers(name, cwd):
     compare(run / "log.csv", GAN, log, {
         "R": (last["refiner"], R.state_dict()), "D": (last["discriminator"], D.state_dict()),
         "R averaged": (averaged["refiner"], average)})
-    assert chosen["step"] == step, "the best step by the paper's rule"
+    assert chosen["step"] == step, f"the best step by the rule of section 5.1 is {step}"
     compare(run / "log.csv", {}, log, {f"R at the best step, {step}": (chosen["refiner"], best)})
-    x, y = images(cwd, "test", "synthetic", "real")
     rows = list(csv.DictReader((run / "log.csv").open()))
-    assert float(rows[-1]["ssim"]) == pytest.approx(rel=1e-5, expected=ssim(
-        plain.as_images(R(plain.as_input(x))), y).mean().item()), "SSIM of R(x), y, fixed pairs"
+    wanted = ssim(plain.as_images(R(plain.as_input(x_test))), y_test).mean().item()
+    assert float(rows[-1]["ssim"]) == pytest.approx(wanted, rel=1e-5), "SSIM of test pairs R(x), y"
     for i, row in enumerate(rows, 1):
         assert (row["ssim"] != "nan") == (i % gan["sample_every"] == 0 or i == len(rows)), i
 
@@ -194,30 +192,29 @@ def table2(cwd):
 def test_table2_is_the_papers(table2, cwd):
     """Each cell by its formula from the images of its row and the same real partners. Up to
     rounding: plain.py takes the root of S1 S2 another way, and SSIM has float32."""
-    record, values = json.loads((table2 / "table2.json").read_text()), {}
-    names = ["synthetic", "pretrained", "simgan", "ours"]
-    *domains, real, other = [*images(cwd, "test", *names, "real"), *images(cwd, "train", "real")]
+    found = json.loads((table2 / "table2.json").read_text())
+    *domains, real, other = (load_images(cwd / "data" / folder) for folder in (
+        "synthetic/test", "pretrained/test", "simgan/test", "ours/test", "real/test", "real/train"))
     inception = load_inception("random", "pool3", torch.cat([*domains, other]))
     random = np.random.default_rng(1)                     # partners, then other reals, then scenes
     real, other = real[random.permutation(4)[:3]], other[random.permutation(11)[:3]]
     scenes = random.permutation(4)[:3]
-    rows = {name: x[scenes] for name, x in zip(names, domains)}
 
     def features(x):
         return inception(F.interpolate(plain.as_input(x), (299, 299), mode="bilinear")).double()
-    of_real = features(real)
-    for name, x in {**rows, "real, other frames (the floor)": other}.items():
+    of_real, values = features(real), {}
+    for name, x in (("synthetic", domains[0][scenes]), ("ours", domains[3][scenes]),
+                    ("real, other frames (the floor)", other)):
         of_x = features(x)
-        values[name] = {"fid": plain.fid(of_x, of_real).item(), "kid": kid(of_x, of_real),
-                        "ssim": ssim(x, real, 255).mean().item(),
+        values[name] = {"fid": plain.fid(of_x, of_real).item(),
+                        "ssim": ssim(x, real).mean().item(), "kid": kid(of_x, of_real),
                         "ssim_range1": ssim(x, real, 1).mean().item()}
         for metric, value in values[name].items():
-            assert record["rows"][name]["scores"][metric]["value"] == pytest.approx(
+            assert found["rows"][name]["scores"][metric]["value"] == pytest.approx(
                 value, rel=1e-5), f"Table 2: {metric} of {name} and the real images"
-    for name in names[1:]:
-        for metric, found in record["differences"][f"{name} - synthetic"].items():
-            assert found["value"] == pytest.approx(rel=1e-3, expected=(
-                values[name][metric] - values["synthetic"][metric])), f"{name}: less, {metric}"
+    for metric, cell in found["differences"]["ours - synthetic"].items():
+        assert cell["value"] == pytest.approx(values["ours"][metric] - values["synthetic"][metric],
+                                              rel=1e-3), f"ours less synthetic: {metric}"
 
 
 # ---------------------------------------------------------------------- 6. the paper's values

@@ -96,28 +96,6 @@ def test_documented_make_target_exists(command):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_shows_defaults_and_marks_the_papers(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        importlib.import_module(script).arguments()
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and "default: " in text and "--seed" in text
-    assert "(paper)" in text or script in ("refine", "evaluate", "segment")
-
-
-def test_the_papers_values_are_the_defaults(monkeypatch):
-    """Section 5.1: sizes, crop, steps, learning rates, alpha and beta; 200 test images."""
-    wanted = {"prepare": {"size": [80, 160], "crop": [200, 600, 400, 600], "test": 200},
-              "pretrain": {"steps": 1200, "d_steps": 400, "lr": 1e-4, "d_lr": 1e-3},
-              "train_gan": {"alpha": 50, "beta": 4e-6, "steps": 5000, "lr": 1e-4, "d_lr": 1e-3,
-                            "rec_batch": 512}}
-    for script, values in wanted.items():
-        monkeypatch.setattr(sys, "argv", [f"{script}.py"])
-        args = vars(importlib.import_module(script).arguments())
-        assert {k: args[k] for k in values} == values
-
-
 # script and arguments -> words of the last line on stderr.
 MISTAKES = [
     ("pretrain.py --data nowhere", "nowhere/synthetic/train/images prepare.py"),
