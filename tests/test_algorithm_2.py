@@ -324,11 +324,12 @@ def batch_norm(x, p, name):
     return (x - mean) / np.sqrt(var + 1e-5) * scale + shift
 
 
-@pytest.mark.parametrize("maps, blocks, size", [(64, 5, (7, 9)), (6, 2, (12, 8))])
-def test_refiner_equals_section_5_1_written_out(maps, blocks, size):
+@pytest.mark.parametrize("args, blocks, size", [({}, 5, (7, 9)),
+                                                ({"maps": 6, "blocks": 2}, 2, (12, 8))])
+def test_refiner_equals_section_5_1_written_out(args, blocks, size):
     """4x4 to 64 maps, ReLU; five blocks of two 4x4 with a ReLU between, the identity added, a
     ReLU after; 1x1; tanh. All padding reflects: 1 before and 2 after, in a block 1 then 2."""
-    net = with_known_weights(Refiner(maps=maps, blocks=blocks))
+    net = with_known_weights(Refiner(**args))
     p, images = numbers(net), known_images(2, *size)
     x = pad(images.numpy(), 1, 2, 1, 2, mode="reflect")
     x = relu(convolve(x, p["first.weight"], p["first.bias"]))
@@ -340,6 +341,7 @@ def test_refiner_equals_section_5_1_written_out(maps, blocks, size):
     x = convolve(x, p["last.weight"], p["last.bias"])
     assert np.abs(x).max() > 1, "without tanh it must look different"
     same(net, images, np.tanh(x), "R")
+    assert args or len(p["first.weight"]) == 64, "the paper's R has 64 maps"
     assert Refiner(**net.args).args == net.args, "a checkpoint does not say which R it holds"
 
 
@@ -354,8 +356,10 @@ PADS = [(3, (80, 160), [(1, 2, 2, 2), (1, 2, 1, 1), (0, 1, 1, 1), (1, 1, 0, 1)])
 def test_discriminator_equals_table_1_written_out(stride, size, pads, final_relu):
     """5x5/3 96, 4x4/2 64, max pool 3/2, 3x3/2 32, 1x1 32, 1x1 2, a ReLU after each but the last
     unless Table 1's own is asked for; SAME padding, in which the maximum sees no zeros."""
-    net = with_known_weights(Discriminator(final_relu=final_relu, stride=stride))
-    p, images = numbers(net), known_images(1, *size)
+    args = {"stride": stride, "final_relu": final_relu}
+    paper = {"stride": 3, "final_relu": False}
+    net = with_known_weights(Discriminator() if args == paper else Discriminator(**args))
+    p, images = numbers(net), known_images(2, *size)
     x = pad(images.numpy(), *pads[0])
     x = relu(convolve(x, p["conv1.weight"], p["conv1.bias"], stride))
     x = pad(x, *pads[1])
@@ -376,11 +380,11 @@ def convolve_twice(x, p, name):
     return x
 
 
-@pytest.mark.parametrize("base, height, width", [(4, 17, 30), (32, 16, 32)])
-def test_unet_equals_its_drawing_written_out(base, height, width):
+@pytest.mark.parametrize("args, height, width", [({"base": 4}, 17, 30), ({}, 16, 32)])
+def test_unet_equals_its_drawing_written_out(args, height, width):
     """Four times down by max pooling, four times up by a 2x2 transposed convolution, each time
     joined (skip first) with the map of its size; the edge is repeated up to a multiple of 16."""
-    net = with_known_weights(UNet(base=base))
+    net = with_known_weights(UNet(**args))
     p, images = numbers(net), known_images(2, height, width)
     x = pad(images.numpy(), 0, -height % 16, 0, -width % 16, mode="edge")
     skips = [convolve_twice(x, p, "down.0")]
@@ -395,6 +399,7 @@ def test_unet_equals_its_drawing_written_out(base, height, width):
         x = convolve_twice(np.concatenate([skips.pop(), up], 1), p, f"merge.{i}")
     x = convolve(x, p["head.weight"], p["head.bias"])[..., :height, :width]
     same(net, images, x, "U-Net")
+    assert args or p["down.4.3.weight"].shape[:2] == (512, 512), "32 maps at the top, 512 below"
 
 
 def test_deeplab_equals_its_papers_written_out():
