@@ -152,7 +152,7 @@ def check_tables(folder, out, rows, seeds):
     text = (folder / "segment_unet.md").read_text()
     assert text in out, "what is printed is not what is written"
     assert record["domains"] == list(CALLED) and record["seeds"] == seeds
-    assert record["test_images"] == {d: COUNTS[d][1] for d in CALLED}
+    assert record["test_images"] == {d: COUNTS[d][1] for d in CALLED}, "other images were tested"
     matrices = {seed: {d: {o: np.array(m) for o, m in row.items()} for d, row in table.items()}
                 for seed, table in record["confusion"].items()}
 
@@ -187,6 +187,10 @@ def check_tables(folder, out, rows, seeds):
             assert table[name][row] == wanted, f"IoU of {name}, trained on {row}"
         wanted = str(np.isfinite(iou(on_real[0])).sum())
         assert table["classes in the mean"][row] == wanted, "classes without IoU were counted"
+    errors = [max(record["scores"][str(s)][row]["real"][f"{metric}_se"] for s in seeds
+                  for row in rows) for metric in scores]
+    assert f"to {errors[0]:.3f} (mIoU) and {errors[1]:.1f} (accuracy)" in text, "errors on real"
+    assert ("± is the standard deviation over the seeds" in text) == (len(seeds) > 1)
     return matrices
 
 

@@ -9,7 +9,7 @@ from conftest import call, call_all
 from PIL import Image
 
 import refine
-from models import detail, to_float
+from models import DeepLabV3Plus, detail, to_float
 from prepare import load_images, names
 
 GAN = ["--steps", 3, "--batch-size", 4, "--sample-every", 3]
