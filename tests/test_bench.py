@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import call
 
-import bench
 from models import Discriminator, Refiner, fid, ssim
+from study import bench
 
 TINY = ["--size", 24, 48, "--batch-size", 2, "--repeats", 1, "--most-features", 64]
 
@@ -15,7 +15,7 @@ TINY = ["--size", 24, 48, "--batch-size", 2, "--repeats", 1, "--most-features", 
 @pytest.mark.parametrize("section", ["gan", "pretrain", "inference", "segment", "sweep"])
 def test_sections(tmp_path, section):
     """Through the command line: a table on stdout, the same in the JSON, times above 0."""
-    out, _ = call("bench.py", "--only", section, *TINY, "--json", "b.json", cwd=tmp_path)
+    out, _ = call("study/bench.py", "--only", section, *TINY, "--json", "b.json", cwd=tmp_path)
     record = json.loads((tmp_path / "b.json").read_text())
     assert record["rows"] and record["versions"]["torch"] == torch.__version__
     table = (tmp_path / "b.md").read_text()
@@ -26,7 +26,7 @@ def test_sections(tmp_path, section):
 
 
 def test_unknown_section(tmp_path):
-    _, err = call("bench.py", "--only", "speed", cwd=tmp_path, status=2)
+    _, err = call("study/bench.py", "--only", "speed", cwd=tmp_path, status=2)
     assert "invalid choice: 'speed'" in err
 
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, call
 
-import report
-import study
+import study.run as study
+from study import report
 from prepare import UserError
 
 
@@ -46,7 +46,7 @@ def kept(tmp_path):
 
 
 def test_gap_closed_and_its_interval(kept):
-    out, _ = call("report.py", "--out", ".", cwd=kept)
+    out, _ = call("study/report.py", "--out", ".", cwd=kept)
     record = json.loads((kept / "study.json").read_text())
     on_real = record["unet"]["on_real"]
     gap = on_real["ours"]["gap_mIoU"]
@@ -72,7 +72,7 @@ def test_networks_are_reported_apart(kept):
     """DeepLabV3+ where a seed has it, with no spread where it is one seed."""
     keep(kept / "seed0", {"synthetic": (0.1, 50.0), "simgan": (0.1, 50.0), "ours": (0.2, 51.0),
                           "real": (0.3, 52.0)}, network="deeplabv3plus")
-    out, _ = call("report.py", "--out", ".", cwd=kept)
+    out, _ = call("study/report.py", "--out", ".", cwd=kept)
     assert "### U-Net, 30 epochs, seed 0, 1\n" in out
     assert "### DeepLabV3+, 30 epochs, seed 0\n" in out
 
@@ -82,7 +82,7 @@ def test_what_blurred_test_images_change(kept):
     for name, ours in (("seed0", (0.18, 66.0)), ("seed1", (0.18, 66.0))):
         keep(kept / name, {"synthetic": (0.08, 60.0), "simgan": (0.10, 60.0), "ours": ours,
                            "real": (0.19, 80.0)}, network="unet_blur0.6")
-    out, _ = call("report.py", "--out", ".", cwd=kept)
+    out, _ = call("study/report.py", "--out", ".", cwd=kept)
     assert "| trained on; real blurred by 0.6 pixels - sharp | mIoU |" in out
     assert "| ours | +0.020 [-0.107, 0.147] | +1.0 [1.0, 1.0] |" in out
     record = json.loads((kept / "study.json").read_text())["unet"]["blurred"]["unet_blur0.6"]
@@ -98,7 +98,7 @@ def test_what_longer_training_changed(kept):
         keep(longer / f"seed{seed}", scores | ({"colour": (0.1, 60.0)} if seed else {}), epochs=60)
         for folder, score in ((kept, 0.15), (longer, 0.20)):
             keep(folder / study.join("d-fine", seed), {"ours": (score, 70.0)})
-    out, _ = call("report.py", "--out", "longer", "--before", ".", cwd=kept)
+    out, _ = call("study/report.py", "--out", "longer", "--before", ".", cwd=kept)
     assert "### U-Net, 60 epochs, seed 0, 1\n" in out and "colour" not in out
     assert "| trained on; after 60 epochs - after 30 | mIoU |" in out
     assert "| ours | +0.020 [-0.107, 0.147] | +1.0 [1.0, 1.0] |" in out
@@ -114,15 +114,15 @@ def test_a_part_of_a_study_has_the_tables_that_it_can_have(kept):
     """Only real (no gap), no ours (no difference to it), another study with fewer seeds."""
     part = kept / "part"
     keep(part / "seed0", {"real": (0.25, 81.0)}, epochs=60)
-    out, _ = call("report.py", "--out", "part", cwd=kept)
+    out, _ = call("study/report.py", "--out", "part", cwd=kept)
     assert "| real | 0.250 | 81.0 | - | - |" in out
     keep(part / "seed0", {"synthetic": (0.10, 60.0), "real": (0.25, 81.0)}, epochs=60)
-    call("report.py", "--out", "part", cwd=kept)
-    out, _ = call("report.py", "--out", ".", "--before", "part", cwd=kept)
+    call("study/report.py", "--out", "part", cwd=kept)
+    out, _ = call("study/report.py", "--out", ".", "--before", "part", cwd=kept)
     assert "| trained on; after 30 epochs - after 60 |" in out and "| real | -0.050 | -1.0 |" in out
     keep(part / "seed7", {"real": (0.25, 81.0)})
     (part / "seed0/segment_unet.json").unlink()
-    out, _ = call("report.py", "--out", ".", "--before", "part", cwd=kept)
+    out, _ = call("study/report.py", "--out", ".", "--before", "part", cwd=kept)
     assert "trained on; after" not in out
 
 
@@ -131,7 +131,7 @@ def test_an_ablation_beside_ours_of_the_same_seeds(kept):
     keep(kept / "skip", {"ours": (0.18, 70.0)}, fid=8.0)
     keep(kept / "skip-seed1", {"ours": (0.18, 70.0)}, fid=9.0)
     (kept / "skip-seed1/ours_refine.json").write_text('{"step": 125}')
-    out, _ = call("report.py", "--out", ".", cwd=kept)
+    out, _ = call("study/report.py", "--out", ".", cwd=kept)
     assert (f"| {study.ABLATIONS['skip']['says']} | 0, 1 | - / 125 | 0.400 / 0.400 | "
             "0.75, 0.50 / 0.75, 0.50 | 8.0 / 9.0 | 20.0 / 20.0 | 0.180 / 0.180 (+0.020) |") in out
     assert "ours, as in the study | 0, 1 | - / - |" in out
@@ -146,7 +146,7 @@ def test_an_ablation_beside_ours_of_the_same_seeds(kept):
     assert record["mIoU"]["no-history"]["margin"] == pytest.approx(0.0430 * 2 ** 0.5, abs=1e-4)
     assert "0.100 / 0.100 (**-0.060**)" in out and record["accuracy"]["skip"]["margin"] is None
     keep(kept / "no-history-seed1", {"ours": (0.13, 62.0)}, fid=11.0)
-    out, _ = call("report.py", "--out", ".", cwd=kept)
+    out, _ = call("study/report.py", "--out", ".", cwd=kept)
     assert "chance explains (95 %; with most seeds 0.026 mIoU and 0.9 % accuracy)" in out
 
 
@@ -154,13 +154,13 @@ def test_what_was_changed_on_every_seed_stands_beside_ours(kept):
     """As a row of the gap and in the differences, also to the same change of SimGAN's."""
     for name, scores in (("d-fine", (0.19, 75.0)), ("d-fine-seed1", (0.21, 75.0))):
         keep(kept / name, {"ours": scores}, fid=8.0)
-    out, _ = call("report.py", "--out", ".", cwd=kept)
+    out, _ = call("study/report.py", "--out", ".", cwd=kept)
     assert "| ours, d-fine | 0.200 ± 0.014 | 75.0 ± 0.0 | 100 [-27, 227] | 75 [75, 75] |" in out
     assert "| ours, d-fine - ours | +0.040 [0.040, 0.040] | +10.0 [10.0, 10.0] |" in out
     assert "no-history -" not in out and "- simgan, d-fine" not in out     # one seed; none
     for name in ("d-fine-simgan", "d-fine-simgan-seed1"):
         keep(kept / name, {"simgan": (0.18, 74.0)}, fid=9.0)
-    out, _ = call("report.py", "--out", ".", cwd=kept)
+    out, _ = call("study/report.py", "--out", ".", cwd=kept)
     assert "| ours, d-fine - simgan, d-fine | +0.020 [-0.107, 0.147] | +1.0 [1.0, 1.0] |" in out
     assert (f"| {study.ABLATIONS['d-fine-simgan']['says']} | 0, 1 | - / - | 0.400 / 0.400 |"
             in out)
@@ -176,10 +176,10 @@ def test_the_name_of_a_run(name, parts):
 def test_what_is_run_if_nothing_is_said(monkeypatch):
     """Every seed, and the ablations of two of them; --only names others."""
     folders = "--gta5 g --cityscapes c"
-    names = parsed(monkeypatch, "study", f"{folders} --seeds 0 3 4").only
+    names = parsed(monkeypatch, "study.run", f"{folders} --seeds 0 3 4").only
     assert names[:3] == ["seed0", "seed3", "seed4"] and names[3:5] == ["l1", "l1-seed3"]
     assert len(names) == len(set(names)) == 3 + 2 * len(study.ABLATIONS)
-    assert parsed(monkeypatch, "study", f"{folders} --only l1-seed4").only == ["l1-seed4"]
+    assert parsed(monkeypatch, "study.run", f"{folders} --only l1-seed4").only == ["l1-seed4"]
 
 
 @pytest.mark.parametrize("name", ["seed", "l2", "l1-seed", "l1-seed0", "seedl1", "x-seed1"])
@@ -205,14 +205,14 @@ def test_one_seed_has_no_interval():
 
 def test_mistakes(tmp_path):
     folders = ["--gta5", "no", "--cityscapes", "no"]
-    for script, flags, words in (("report.py", ["--out", "."], "no finished seed"),
-                                 ("study.py", [], "--gta5"),
-                                 ("study.py", folders, "no such folder"),
-                                 ("study.py", ["--images", "no"], "of its own"),
-                                 ("study.py", ["--images", "no", "--out", "o", "--base", "no"],
+    for script, flags, words in (("study/report.py", ["--out", "."], "no finished seed"),
+                                 ("study/run.py", [], "--gta5"),
+                                 ("study/run.py", folders, "no such folder"),
+                                 ("study/run.py", ["--images", "no"], "of its own"),
+                                 ("study/run.py", ["--images", "no", "--out", "o", "--base", "no"],
                                   "of its own"),
-                                 ("study.py", ["--images", "no", "--out", "o"], "no such folder"),
-                                 ("study.py", [*folders, "--only", "beta1"], "--only beta1")):
+                                 ("study/run.py", ["--images", "no", "--out", "o"], "no such folder"),
+                                 ("study/run.py", [*folders, "--only", "beta1"], "--only beta1")):
         _, err = call(script, *flags, cwd=tmp_path, status=2)
         assert words in err and "Traceback" not in err
 
@@ -299,7 +299,7 @@ def test_only_segmentation_is_run_again(name, domains, tmp_path, monkeypatch):
     asked, before = [], tmp_path / "study" / name
     monkeypatch.setattr(study.subprocess, "run",
                         lambda command: asked.append(command) or SimpleNamespace(returncode=0))
-    args = parsed(monkeypatch, "study", f"--images {tmp_path}/study --base {tmp_path}/longer --out "
+    args = parsed(monkeypatch, "study.run", f"--images {tmp_path}/study --base {tmp_path}/longer --out "
                   f"{tmp_path}/out --epochs 60 --only {name} --train synthetic real")
     with pytest.raises(UserError, match=f"{name}.*not finished"):
         study.segment_again(name, args)

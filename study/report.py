@@ -18,7 +18,7 @@ from scipy.stats import t as student
 
 import segment
 from prepare import CLASSES, UserError, parser, start, write_text
-from study import ABLATIONS, NETWORKS, join, method_of
+from study.run import ABLATIONS, NETWORKS, join, method_of
 
 SAYS = {"": "ours, as in the study", "simgan": "no perceptual pre-training (SimGAN's L1)",
         **{name: change["says"] for name, change in ABLATIONS.items()}}

@@ -347,7 +347,7 @@ def bench_prepare(table, args):
             out = f"{folder}/{workers}-{time.monotonic_ns()}"
             raw = [f"{folder}/raw/images", f"{folder}/raw/labels"]
             peaks[workers] = int(subprocess.run(
-                [sys.executable, "-c", PEAK, sys.executable, Path(__file__).parent / "prepare.py",
+                [sys.executable, "-c", PEAK, sys.executable, Path(__file__).parents[1] / "prepare.py",
                  "--synthetic", *raw, "--real", *raw, "--test", "1", "--out", out, "--workers",
                  str(workers)], check=True, capture_output=True).stdout) / 1e3
         workers = sorted({1, 2, os.cpu_count()})
@@ -393,7 +393,7 @@ def bench_sweep(table, args):
 
 def bench_start(table, args):
     """How long a user waits for --help."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     for script in ("prepare.py", "train_gan.py"):
         table.time(f"{script} --help", lambda s=script: subprocess.run(
             [sys.executable, here / s, "--help"], check=True, capture_output=True))

@@ -68,7 +68,7 @@ ABLATIONS = {
     "colour-first": {"says": "R and D start from colour-matched frames", "images": "colour"},
     "colour-skip": {"says": "colour-matched frames and `--skip`", "pretrain": "--skip",
                     "images": "colour"}}
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 KEPT = ["results/*.md", "results/*.json", "results/table7.png", "runs/*/log.csv",
         "runs/*/curves.png", "data/*/refine.json"]
 
