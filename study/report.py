@@ -1,351 +1,475 @@
-"""The tables of study.py: Tables 2 to 6 over the seeds, the share of the gap closed, ablations.
+"""The tables of a study: what study.run has measured, over the seeds, beside the paper's numbers.
 
-Reads   results/study/NAME/         what study.py kept of every run; no data, no checkpoints
-Writes  results/study/study.md      mean and spread on real images, the gap, Tables 2 to 6
-        results/study/ablations.md  one row for everything that was changed
-        results/study/study.json    all of it with every digit
+Reads   study/results/NAME.json   the record; no data, no checkpoint
+Writes  study/results/NAME.md     the claims, Tables 2 to 6, differences, classes, epochs, changes
+        study/results/NAME.png    mIoU on real by training images, and over the epochs
 
-    python report.py
-    python report.py --out results/settings
-    python report.py --out results/study60 --before results/study     what longer training changed
+    python -m study.report game-look-40x80
+
+± is the standard deviation over the seeds, [ ] a 95 % interval of their mean (Student's t). All
+differences are paired: of a seed with the same seed.
 """
-import csv
 import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.stats import t as student
 
-import segment
-from prepare import CLASSES, UserError, parser, start, write_text
-from study.run import ABLATIONS, NETWORKS, join, method_of
+from evaluate import PAPER as PAPER_TABLE2
+from prepare import CLASSES, UserError, parser, start, whole, write_text
+from segment import PAPER, TITLE, scores
 
-SAYS = {"": "ours, as in the study", "simgan": "no perceptual pre-training (SimGAN's L1)",
-        **{name: change["says"] for name, change in ABLATIONS.items()}}
+ROOT = Path(__file__).resolve().parents[1]
+DIGITS = {"mIoU": 3, "accuracy": 1, "fid": 1, "kid": 1, "ssim": 3, "ssim_range1": 4}
+# What the paper says of two rows: scores on real images are higher with the first one.
+CLAIMS = [("training on refined images is better than on synthetic ones", "ours", "synthetic"),
+          ("the same, refined with the finer D", "finer-d", "synthetic"),
+          ("the same, refined as printed", "as-printed", "synthetic"),
+          ("ours is better than SimGAN: the perceptual pre-training helps", "ours", "simgan"),
+          ("ours is better than matched colours: it takes a GAN", "ours", "colour")]
+PAIRS = [("ours", "simgan"), ("ours", "colour"), ("as-printed", "ours"), ("finer-d", "ours"),
+         ("finer-d", "simgan"), ("finer-d", "colour"), ("finer-d", "finer-d-simgan")]
 
-VEGETATION = CLASSES.index("vegetation")
-
-
-def seeds_with(out, file, ablation=""):
-    """The seeds whose kept run has this file, ascending."""
-    prefix = join(ablation, 1)[:-1]                              # "seed" or "l1-seed"
-    seeds = [p.parent.name.removeprefix(prefix) for p in out.glob(f"{prefix}*/{file}")]
-    first = [0] if ablation and (out / ablation / file).is_file() else []
-    return first + sorted(int(s) for s in seeds if s.isdecimal())
-
-
-def on_real(folder, network="unet"):
-    """{training domain: {"mIoU", "accuracy", "IoU"}} on real test images of one kept run."""
-    record = json.loads((folder / f"segment_{network}.json").read_text())
-    (by_domain,) = record["scores"].values()
-    return {domain: row["real"] for domain, row in by_domain.items()}
+NOTE = ("± is the standard deviation over the seeds, [ ] a 95 % interval of their mean (Student's "
+        "t); differences are paired by seed.")
+CHANCE = ("± is what chance explains (95 %), from the spread of all rows together; bold is more. "
+          "Of twenty such numbers chance makes about one bold.")
+NO_CHANGES = ["synthetic", "real", "colour", "pretrained", "ours"]     # all others change ours
 
 
-def runs_of(out, network, seeds):
-    """`on_real` of every seed, where all have the domain; what was changed on each of the seeds
-    too is beside it, as if it were a further training domain: "ours, d-fine"."""
-    runs = in_all([on_real(out / join("", s), network) for s in seeds])
-    for ablation in ABLATIONS:
-        method = method_of(ablation)
-        if seeds_with(out, f"segment_{network}.json", ablation) == seeds:
-            for run, seed in zip(runs, seeds):
-                changed = on_real(out / join(ablation, seed), network)[method]
-                run[f"{method}, {ablation.removesuffix('-simgan')}"] = changed
-    return runs
+def markdown_table(head, rows):
+    """A Markdown table of a list of headings and lists of cells."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def in_all(runs):
-    """Of dictionaries, what all of them have."""
-    return [{d: r[d] for d in r if all(d in other for other in runs)} for r in runs]
+# ----------------------------------------------------------------- numbers over the seeds
 
 
 def mean_and_interval(values):
-    """Mean, standard deviation and 95 % interval (Student's t) over seeds; one seed has none."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return {"mean": mean, "sd": None, "low": None, "high": None, "n": len(values)}
+    """Mean, standard deviation and 95 % interval of the mean; None where one value says none."""
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return {"mean": mean, "sd": None, "low": None, "high": None, "n": n}
     sd = float(np.std(values, ddof=1))
-    half = student.ppf(0.975, len(values) - 1) * sd / len(values) ** 0.5
-    return {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "n": len(values)}
+    half = float(student.ppf(0.975, n - 1)) * sd / n ** 0.5
+    return {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "n": n}
 
 
-def gap_closed(runs, domain, metric):
-    """(domain - synthetic) / (real - synthetic) of each run, a percentage."""
-    return [100 * (r[domain][metric] - r["synthetic"][metric])
-            / (r["real"][metric] - r["synthetic"][metric]) for r in runs]
-
-
-def gap_of_runs(out, network, by_seed, metric):
-    """`gap_closed` of what was changed, {seed: scores}, between synthetic and real of its seed."""
-    runs = [{**on_real(out / join("", seed), network), "changed": scores}
-            for seed, scores in by_seed.items()]
-    return gap_closed(runs, "changed", metric)
-
-
-def cell(found, digits):
-    """"0.123 ± 0.004", or without ± where there is one seed."""
+def with_spread(values, metric):
+    """"0.123 ± 0.004", or "0.123" of one seed, or "-" of none."""
+    if not values:
+        return "-"
+    found, digits = mean_and_interval(values), DIGITS[metric]
     text = f"{found['mean']:.{digits}f}"
     return text if found["sd"] is None else f"{text} ± {found['sd']:.{digits}f}"
 
 
-def interval(found, digits=0):
-    return "" if found["sd"] is None else (
-        f" [{found['low']:.{digits}f}, {found['high']:.{digits}f}]")
+def with_interval(values, digits, sign=""):
+    """"0.123 [0.110, 0.136]", or "0.123" of one seed, or "-" of none."""
+    if not values:
+        return "-"
+    found = mean_and_interval(values)
+    text = f"{found['mean']:{sign}.{digits}f}"
+    if found["sd"] is None:
+        return text
+    return f"{text} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
 
 
-def markdown(head, rows):
-    """A Markdown table of a list of headings and lists of cells."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+def tested_by_seed(record, network, epochs):
+    """{seed: {trained on: {tested on: {"mIoU", "accuracy", "IoU", "classes"}}}}."""
+    by_seed = {}
+    for seed, numbers in record["seeds"].items():
+        for entry in numbers["segment"]:
+            if (entry["network"], entry["epochs"]) != (network, epochs):
+                continue
+            by_seed[seed] = {}
+            for row, by_domain in entry["tested"].items():
+                by_seed[seed][row] = {domain: scores(torch.tensor(found["confusion"]))
+                                      for domain, found in by_domain.items()}
+    return by_seed
 
 
-def gap_table(runs):
-    """The table over the seeds: scores on real, and, where the networks trained on synthetic and
-    on real images are both there, the share of the gap closed."""
-    record, rows, ends = {}, [], {"synthetic", "real"}
-    for d in sorted(runs[0], key=lambda d: d == "real"):       # real is the last row
-        row = {m: mean_and_interval([r[d][m] for r in runs]) for m in ("mIoU", "accuracy")}
-        if ends <= set(runs[0]):
-            row |= {f"gap_{m}": mean_and_interval(gap_closed(runs, d, m)) for m in row}
-        record[d] = row
-        gaps = ["-", "-"] if d in ends or "gap_mIoU" not in row else [
-            f"{row[g]['mean']:.0f}{interval(row[g])}" for g in ("gap_mIoU", "gap_accuracy")]
-        rows.append([d, cell(row["mIoU"], 3), cell(row["accuracy"], 1), *gaps])
-    return record, markdown(["trained on", "mIoU on real", "accuracy on real, %",
-                             "gap closed, mIoU, %", "gap closed, accuracy, %"], rows)
+def on_real(by_seed, row, metric):
+    """{seed: score on real of the network that was trained on this row}."""
+    return {seed: rows[row]["real"][metric] for seed, rows in by_seed.items() if row in rows}
 
 
-def difference_table(runs):
-    """Ours minus each other training domain, seed by seed: where 0 lies in the interval, these
-    seeds cannot tell the two apart. What was changed on every seed likewise."""
-    record, rows = {}, []
-    pairs = [("ours", d) for d in runs[0] if d not in ("ours", "real") and "," not in d]
-    for changed in [d for d in runs[0] if d.startswith("ours, ")]:
-        simgan = changed.replace("ours", "simgan")
-        pairs += [(changed, d) for d in ("synthetic", "colour", "ours", simgan)]
-    for one, other in [pair for pair in pairs if set(pair) <= set(runs[0])]:
-        found = {m: mean_and_interval([r[one][m] - r[other][m] for r in runs])
-                 for m in ("mIoU", "accuracy")}
-        record[other if one == "ours" else f"{one} - {other}"] = found
-        rows.append([f"{one} - {other}"] + [
-            f"{found[m]['mean']:+.{n}f}{interval(found[m], n)}"
-            for m, n in (("mIoU", 3), ("accuracy", 1))])
-    return record, markdown(["difference [95 %]", "mIoU on real", "accuracy on real, %"], rows)
+def minus(one, other):
+    """The differences of two {seed: score} where both have the seed."""
+    return [one[seed] - other[seed] for seed in one if seed in other]
 
 
-def change_table(title, before, after):
-    """What a change did to the scores on real, [{domain: scores}, a seed each] before and after:
-    the record and the table of the differences, seed by seed."""
-    record, rows = {}, []
-    for d in after[0]:
-        found = {m: mean_and_interval([score(r[d]) - score(b[d]) for b, r in zip(before, after)])
-                 for m, score in (("mIoU", lambda s: s["mIoU"]),
-                                  ("accuracy", lambda s: s["accuracy"]),
-                                  ("vegetation", lambda s: s["IoU"][VEGETATION]))}
-        record[d] = found
-        rows.append([d] + [f"{f['mean']:+.{n}f}{interval(f, n)}"
-                           for f, n in zip(found.values(), (3, 1, 3))])
-    return record, markdown([title, "mIoU", "accuracy, %", "IoU of vegetation"], rows) + "\n\n"
+def difference(by_seed, one, other, metric):
+    return minus(on_real(by_seed, one, metric), on_real(by_seed, other, metric))
 
 
-def blur_table(out, network):
-    """What blurring the test images (`segment.py --blur`) does to the scores on real: a network
-    that relies on detail its training images do not have may gain by it."""
-    record, text = {}, ""
-    for name in sorted({f.stem.removeprefix("segment_")
-                        for f in out.glob(f"seed*/segment_{network}_blur*.json")}):
-        seeds = seeds_with(out, f"segment_{name}.json")
-        before, after = ([on_real(out / join("", s), n) for s in seeds] for n in (network, name))
-        record[name], table = change_table(
-            f"trained on; real blurred by {name.split('blur')[1]} pixels - sharp", before, after)
-        text += table
-    return record, text
+def gap_closed(by_seed, row, metric):
+    """(row - synthetic) / (real - synthetic) of every seed that has the three, a percentage."""
+    found = on_real(by_seed, row, metric)
+    low, high = on_real(by_seed, "synthetic", metric), on_real(by_seed, "real", metric)
+    return [100 * (found[seed] - low[seed]) / (high[seed] - low[seed])
+            for seed in found if seed in low and seed in high and low[seed] != high[seed]]
 
 
-def epochs_of(out, network, seeds):
-    """After how many epochs the networks of these seeds were scored: "30", or "30, 60"."""
-    records = [json.loads((out / join("", s) / f"segment_{network}.json").read_text())
-               for s in seeds]
-    return ", ".join(map(str, sorted({r["epochs"] if "epochs" in r else r["settings"]["epochs"]
-                                      for r in records})))    # the oldest have it in one place
+def rows_in(record, by_seed):
+    """The rows that a network was trained on, in the record's order, real last."""
+    found = [row for row in record["rows"] if any(row in rows for rows in by_seed.values())]
+    return sorted(found, key=lambda row: row == "real")
 
 
-def before_table(out, earlier, network, seeds):
-    """What was trained here against the same seeds of another study, say after fewer epochs;
-    nothing where they have no seed in common."""
-    seeds = [s for s in seeds_with(earlier, f"segment_{network}.json") if s in seeds]
-    if not seeds:
-        return {}, ""
-    before, after = (runs_of(folder, network, seeds) for folder in (earlier, out))
-    shared = in_all([before[0], after[0]])[1]
-    epochs = [epochs_of(folder, network, seeds) for folder in (out, earlier)]
-    return change_table(f"trained on; after {epochs[0]} epochs - after {epochs[1]}", before,
-                        [{d: run[d] for d in shared} for run in after])
+def quality(record, row, metric):
+    """{seed: FID, KID x 1000 or SSIM of a row of Table 2}."""
+    found = {}
+    for seed, numbers in record["seeds"].items():
+        of_row = numbers["table2"]["rows"].get(row, {"scores": {}})["scores"]
+        if metric in of_row:
+            found[seed] = of_row[metric]["value"] * (1000 if metric == "kid" else 1)
+    return found
 
 
-def quality_table(out):
-    """Table 2 over the seeds: FID, KID and SSIM of every domain, seeds of R apart; None where
-    only segmentation was run."""
-    seeds = seeds_with(out, "table2.json")
-    if not seeds:
-        return None, ""
-    records = [json.loads((out / join("", s) / "table2.json").read_text()) for s in seeds]
-    digits, record, rows = {"fid": 1, "kid": 1, "ssim": 3, "ssim_range1": 4}, {}, []
-    for d in records[0]["rows"]:
-        scores = [r["rows"][d]["scores"] for r in records if d in r["rows"]]
-        record[d] = {m: mean_and_interval([s[m]["value"] * (1000 if m == "kid" else 1)
-                                           for s in scores]) for m in digits if m in scores[0]}
-        rows.append([d] + [cell(record[d][m], n) if m in record[d] else "-"
-                           for m, n in digits.items()])
-    head = ["images vs real", f"{records[0]['label']}, N = {records[0]['n']}", "KID x 1000",
-            "SSIM (L = 255)", "SSIM (L = 1)"]
-    return record, markdown(head, rows) + "\n\n"
+# ------------------------------------------------------------------------------ the claims
 
 
-def one_run(folder, method, network):
-    """What one training did: the step that was used, change of the image and D's accuracy
-    (log.csv, mean of the last 25 steps), FID and KID, and the network's scores on real."""
-    with open(folder / f"{method}_log.csv", encoding="utf-8") as file:
-        log = list(csv.DictReader(file))[-25:]
-    result = {k: float(np.mean([float(r[k]) for r in log]))
-              for k in ("mean_change", "d_acc_real", "d_acc_refined")}
-    refined = folder / f"{method}_refine.json"
-    if refined.is_file():
-        result["step"] = json.loads(refined.read_text())["step"]
-    quality = json.loads((folder / "table2.json").read_text())["rows"][method]["scores"]
-    result |= {"fid": quality["fid"]["value"], "kid": 1000 * quality["kid"]["value"]}
-    scores = on_real(folder, network)[method]
-    return result | {m: scores[m] for m in ("mIoU", "accuracy")}
+def verdict(values, least=0):
+    """Whether the mean over the seeds is above `least`, or whether they cannot tell."""
+    found = mean_and_interval(values)
+    if found["sd"] is not None and found["low"] > least:
+        return "holds"
+    if found["sd"] is not None and found["high"] < least:
+        return "does not hold"
+    return "cannot tell"
 
 
-def all_runs(out, network):
-    """{what was changed: {seed: `one_run`}}; SimGAN is the row without perceptual
-    pre-training."""
-    record = {}
-    for ablation in SAYS:
-        start_from, method = ("", "simgan") if ablation == "simgan" else (
-            ablation, method_of(ablation))
-        seeds = seeds_with(out, f"segment_{network}.json", start_from)
-        if seeds:
-            record[ablation] = {s: one_run(out / join(start_from, s), method, network)
-                                for s in seeds}
-    return record
+def claim_rows(record, network, by_seed):
+    """The rows of the claims table about one segmentation network."""
+    rows = []
+    for text, one, other in CLAIMS:
+        found = difference(by_seed, one, other, "mIoU")
+        if found:
+            accuracy = with_interval(difference(by_seed, one, other, "accuracy"), 1, "+")
+            rows.append([f"{TITLE[network]}: {text}", verdict(found),
+                         f"mIoU {with_interval(found, 3, '+')}; accuracy, %: {accuracy}"])
+    gap = gap_closed(by_seed, "ours", "mIoU")
+    if gap:
+        rows.append([f"{TITLE[network]}: ours closes 40 % of the gap to real images (an aim of "
+                     "this repository)", verdict(gap, 40), f"{with_interval(gap, 0)} % of mIoU"])
+    return rows
 
 
-def against_ours(runs, metric):
-    """{what was changed: {"mean", "margin"}} of its scores minus ours of the same seed.
+def highest_of(by_seed, cells, metric):
+    """Which of some cells (row, domain) of Tables 3 to 6 has the highest mean over the seeds;
+    None where fewer than two of them were measured."""
+    means = {}
+    for row, domain in cells:
+        values = matrix_values(by_seed, row, domain, metric)
+        if values:
+            means[row, domain] = np.mean(values)
+    return max(means, key=means.get) if len(means) > 1 else None
+
+
+def diagonal(record, by_network):
+    """How often the diagonal of Tables 3 to 6 is the highest of its row and of its column, and
+    of how many rows and columns."""
+    found = []
+    for by_seed in by_network.values():
+        names = rows_in(record, by_seed)
+        for name in names:
+            for metric in ("mIoU", "accuracy"):
+                in_row = highest_of(by_seed, [(name, other) for other in names], metric)
+                in_column = highest_of(by_seed, [(other, name) for other in names], metric)
+                found += [cell == (name, name) for cell in (in_row, in_column) if cell]
+    return sum(found), len(found)
+
+
+def claims_table(record, by_network):
+    rows = []
+    for network, by_seed in by_network.items():
+        rows += claim_rows(record, network, by_seed)
+    fid = minus(quality(record, "synthetic", "fid"), quality(record, "ours", "fid"))
+    if fid:
+        rows.append(["refining brings FID nearer to real images", verdict(fid),
+                     f"FID lower by {with_interval(fid, 1)}"])
+    best, cases = diagonal(record, by_network)
+    if cases:
+        rows.append(["the diagonal of Tables 3 to 6 is the highest of its row and column",
+                     "holds" if best == cases else "does not always hold",
+                     f"{best} of {cases} rows and columns"])
+    change = changes(record, "mIoU").get("rule")
+    if change and change["margin"]:
+        worse = change["mean"] + change["margin"] < 0
+        rows.append(["the paper's rule picks the best step", "does not hold" if worse else
+                     "cannot tell", f"mIoU {change['mean']:+.3f} ± {change['margin']:.3f} beside "
+                     "the average of the last steps"])
+    return markdown_table(["claim", "", "number [95 %]"], rows)
+
+
+# ------------------------------------------------------------------------------ the tables
+
+
+def table2(record):
+    """Table 2 over the seeds of R."""
+    first = next(iter(record["seeds"].values()))["table2"]
+    names = [row for row in record["rows"] if row in first["rows"]]
+    names += [row for row in first["rows"] if row not in names]      # the floor, the control
+    rows = []
+    for row in names:
+        if len(quality(record, row, "ssim")) < len(record["seeds"]):
+            continue
+        cells = [with_spread(list(quality(record, row, metric).values()), metric)
+                 for metric in ("fid", "kid", "ssim", "ssim_range1")]
+        paper = PAPER_TABLE2.get(row, ("-", "-"))
+        rows.append([row, *cells, str(paper[0]), str(paper[1])])
+    return markdown_table(["images vs real", f"{first['label']}, N = {first['n']}", "KID x 1000",
+                           "SSIM (L = 255)", "SSIM (L = 1)", "paper FID", "paper SSIM"], rows)
+
+
+def real_table(record, by_seed):
+    """Scores on real of every row, what it gains over synthetic, the share of the gap closed."""
+    rows = []
+    for row in rows_in(record, by_seed):
+        cells = [row]
+        for metric, digits in (("mIoU", 3), ("accuracy", 1)):
+            gain, gap = "-", "-"
+            if row != "synthetic":
+                gain = with_interval(difference(by_seed, row, "synthetic", metric), digits, "+")
+            if row not in ("synthetic", "real"):
+                gap = with_interval(gap_closed(by_seed, row, metric), 0)
+            cells += [with_spread(list(on_real(by_seed, row, metric).values()), metric), gain, gap]
+        rows.append(cells)
+    return markdown_table(["trained on", "mIoU on real", "- synthetic", "gap closed, %",
+                           "accuracy on real, %", "- synthetic", "gap closed, %"], rows)
+
+
+def pairs_table(by_seed):
+    """Rows minus other rows than synthetic."""
+    rows = []
+    for one, other in PAIRS:
+        found = [difference(by_seed, one, other, metric) for metric in ("mIoU", "accuracy")]
+        if found[0]:
+            rows.append([f"{one} - {other}", with_interval(found[0], 3, "+"),
+                         with_interval(found[1], 1, "+")])
+    return markdown_table(["difference [95 %]", "mIoU on real", "accuracy on real, %"], rows)
+
+
+def matrix_values(by_seed, row, domain, metric):
+    """The scores of a cell of Tables 3 to 6, one of every seed that has it."""
+    return [rows[row][domain][metric] for rows in by_seed.values() if domain in rows.get(row, {})]
+
+
+def matrix_table(record, network, by_seed, metric):
+    """One of Tables 3 to 6; the paper's cells are bold, its own figures in brackets."""
+    rows, names = [], rows_in(record, by_seed)
+    for row in names:
+        cells = [row]
+        refined = "simgan" if row == "simgan" else "ours"    # the paper's middle column
+        for domain in names:
+            cell = with_spread(matrix_values(by_seed, row, domain, metric), metric)
+            paper = PAPER[network][metric].get(row)
+            if paper and domain in ("synthetic", refined, "real"):
+                value = dict(zip(("synthetic", refined, "real"), paper))[domain]
+                cell = f"**{cell}** ({value})"
+            cells.append(cell)
+        rows.append(cells)
+    unit = "fraction" if metric == "mIoU" else "%"
+    return markdown_table([f"{metric} ({unit}), trained on \\ tested on", *names], rows)
+
+
+def class_table(record, by_seed):
+    """IoU of every class on real."""
+    rows, names = [], rows_in(record, by_seed)
+    for i, name in enumerate(CLASSES):
+        cells = [name]
+        for row in names:
+            values = [ious[i] for ious in on_real(by_seed, row, "IoU").values()]
+            cells.append("-" if np.isnan(values).any() else with_spread(values, "mIoU"))
+        rows.append(cells)
+    return markdown_table(["IoU on real", *names], rows)
+
+
+def epochs_in(record, network):
+    """The numbers of epochs that a network was trained for, ascending."""
+    found = set()
+    for numbers in record["seeds"].values():
+        found |= {entry["epochs"] for entry in numbers["segment"] if entry["network"] == network}
+    return sorted(found)
+
+
+def epochs_table(record, network):
+    """mIoU on real after every number of epochs, over the seeds that were trained so long; empty
+    where there is only one number."""
+    epochs = epochs_in(record, network)
+    found = {n: tested_by_seed(record, network, n) for n in epochs}
+    rows = []
+    for row in rows_in(record, found[epochs[0]] | found[epochs[-1]]):
+        cells = [with_spread(list(on_real(found[n], row, "mIoU").values()), "mIoU")
+                 for n in epochs]
+        if len(cells) - cells.count("-") > 1:
+            rows.append([row, *cells])
+    head = [f"mIoU on real of {TITLE[network]}, trained on", *[f"{n} epochs" for n in epochs]]
+    return markdown_table(head, rows) if rows else ""
+
+
+# ---------------------------------------------------------------------- what was changed
+
+
+def change_scores(record, row, metric):
+    """{seed: score} of a row, at the length at which the changes are compared."""
+    if metric in ("fid", "kid"):
+        return quality(record, row, metric)
+    return on_real(tested_by_seed(record, **record["changes"]), row, metric)
+
+
+def changes(record, metric):
+    """{row: {"mean", "margin"}}: every changed row minus ours of the same seeds.
 
     The margin is what chance explains: half the 95 % interval of a mean of n seeds is
-    t sd / sqrt(n). Two seeds say little of sd, so it is pooled over everything that was changed,
-    as if it were the same for all. None where no two seeds differ.
+    t sd / sqrt(n). Two seeds say little of sd, so it is pooled over all rows, as if it were the
+    same for all. None where no row has two seeds that differ.
     """
-    ours, found = runs[""], {}
-    for ablation in runs:
-        shared = [s for s in runs[ablation] if s in ours]
-        if ablation and shared:
-            found[ablation] = np.array([runs[ablation][s][metric] - ours[s][metric]
-                                        for s in shared])
-    freedom = sum(len(d) - 1 for d in found.values())
-    spread = sum(float(((d - d.mean()) ** 2).sum()) for d in found.values())
-    wide = student.ppf(0.975, freedom) * (spread / freedom) ** 0.5 if spread else None
-    return {ablation: {"mean": float(d.mean()), "margin": wide and float(wide / len(d) ** 0.5)}
-            for ablation, d in found.items()}
+    ours, found = change_scores(record, "ours", metric), {}
+    for row in record["rows"]:
+        values = minus(change_scores(record, row, metric), ours)
+        if row not in NO_CHANGES and values:
+            found[row] = np.array(values)
+    freedom = sum(len(values) - 1 for values in found.values())
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in found.values())
+    wide = float(student.ppf(0.975, freedom)) * (squares / freedom) ** 0.5 if squares else None
+    return {row: {"mean": float(values.mean()), "margin": wide and wide / len(values) ** 0.5}
+            for row, values in found.items()}
 
 
-def ablations(out, network):
-    """The record and the table of all that was changed: one thing a row, its seeds side by
-    side."""
-    runs = all_runs(out, network)
-    against = {m: against_ours(runs, m) for m in ("mIoU", "accuracy")}
+def change_cell(change, digits):
+    """"+0.010 ± 0.007", bold where it is more than chance explains."""
+    if change is None:
+        return "-"
+    text = f"{change['mean']:+.{digits}f}"
+    if change["margin"] is None:
+        return text
+    if abs(change["mean"]) > change["margin"]:
+        text = f"**{text}**"
+    return f"{text} ± {change['margin']:.{digits}f}"
+
+
+def mean_change(record, row):
+    """How far R moves an image at the end of its training, mean over the seeds, as text."""
+    values = [numbers["training"][row]["mean_change"] for numbers in record["seeds"].values()
+              if row in numbers["training"]]
+    return f"{np.mean(values):.2f}" if values else "-"
+
+
+def changes_table(record):
+    """Everything that was changed, one thing a row, beside ours of the same seeds."""
+    found = {metric: changes(record, metric) for metric in ("fid", "mIoU", "accuracy")}
     rows = []
-    for ablation, by_seed in runs.items():
-        found = list(by_seed.values())
-        cells = [" / ".join(str(r.get("step", "-")) for r in found),
-                 " / ".join(f"{r['mean_change']:.3f}" for r in found),
-                 " / ".join(f"{r['d_acc_real']:.2f}, {r['d_acc_refined']:.2f}" for r in found)]
-        for metric, digits in (("fid", 1), ("kid", 1), ("mIoU", 3), ("accuracy", 1)):
-            cells.append(" / ".join(f"{r[metric]:.{digits}f}" for r in found))
-            difference = against.get(metric, {}).get(ablation)
-            if difference:
-                text, margin = f"{difference['mean']:+.{digits}f}", difference["margin"]
-                far = margin is not None and abs(difference["mean"]) > margin
-                cells[-1] += f" (**{text}**)" if far else f" ({text})"
-        rows.append([SAYS[ablation], ", ".join(map(str, by_seed)), *cells])
-    record = {"runs": runs, "against_ours": against, "gap_closed": {
-        ablation: {m: mean_and_interval(gap_of_runs(out, network, by_seed, m)) for m in against}
-        for ablation, by_seed in runs.items()}}
-    table = markdown(
-        ["what was changed", "seed", "step", "mean abs(R(x) - x)", "D right on real, refined",
-         "FID", "KID x 1000", "mIoU on real (- ours)", "accuracy on real, % (- ours)"], rows)
-    return record, f"{table}\n\n{chance(against)}"
+    for row in ["ours", *found["mIoU"]]:
+        seeds = ", ".join(change_scores(record, row, "mIoU"))
+        cells = [record["rows"][row], seeds, mean_change(record, row)]
+        for metric in found:
+            if row == "ours":
+                values = change_scores(record, row, metric).values()
+                cells.append(with_spread(list(values), metric))
+            else:
+                cells.append(change_cell(found[metric].get(row), DIGITS[metric]))
+        rows.append(cells)
+    if len(rows) == 1:
+        return ""
+    return markdown_table(["what was changed", "seeds", "mean abs(R(x) - x)", "FID, - ours",
+                           "mIoU on real, - ours", "accuracy on real, %, - ours"], rows)
 
 
-def chance(against):
-    """What the brackets of `ablations` are, and how much chance explains there."""
-    text = "Seeds are divided by /. In brackets: the mean difference to ours of the same seeds"
-    margins = [min(d["margin"] or np.inf for d in against[m].values()) if against[m] else np.inf
-               for m in ("mIoU", "accuracy")]
-    if np.inf in margins:
-        return f"{text}."
-    return (f"{text}, bold where it is more than chance explains (95 %; with most seeds "
-            f"{margins[0]:.3f} mIoU and {margins[1]:.1f} % accuracy).")
+# ------------------------------------------------------------------------------ the report
 
 
-def report_network(out, network, before=None):
-    """The record of one segmentation network, its tables over the seeds, Tables 3 to 6 as means
-    over them, and its ablations; None where no seed has it."""
-    file = f"segment_{network}.json"
-    seeds = seeds_with(out, file)
-    if not seeds:
-        return None, "", "", ""
-    title = (f"### {NETWORKS[network]}, {epochs_of(out, network, seeds)} epochs, seed "
-             f"{', '.join(map(str, seeds))}\n\n")
-    runs = runs_of(out, network, seeds)
-    gaps, table = gap_table(runs)
-    differences, second = difference_table(runs)
-    blurred, third = blur_table(out, network)
-    record = {"seeds": seeds, "on_real": gaps, "differences": differences, "blurred": blurred}
-    if before:
-        record["since_before"], text = before_table(out, before, network, seeds)
-        third += text
-    changed = ""
-    if seeds_with(out, "table2.json") and any(seeds_with(out, file, a) for a in ABLATIONS):
-        record["ablations"], text = ablations(out, network)
-        changed = f"### {NETWORKS[network]}\n\n{text}\n\n"
-    scores = in_all([next(iter(json.loads((out / join("", s) / file).read_text())
-                               ["scores"].values())) for s in seeds])
-    domains = list(next(iter(scores[0].values())))
-    matrices = [segment.matrix_table(network, metric, scores, domains)
-                for metric in ("mIoU", "accuracy")]
-    matrices = title + "\n".join([*matrices, segment.class_table(scores), ""])
-    return record, f"{title}{table}\n\n{second}\n\n{third}", matrices, changed
+def network_text(record, network, by_seed):
+    """The part of the report about one segmentation network."""
+    title = f"## {TITLE[network]}, {record['epochs'][network]} epochs, seed {', '.join(by_seed)}"
+    return [title, real_table(record, by_seed), pairs_table(by_seed),
+            matrix_table(record, network, by_seed, "mIoU"),
+            matrix_table(record, network, by_seed, "accuracy"),
+            class_table(record, by_seed), epochs_table(record, network)]
+
+
+def text_of(record):
+    """The whole report of a record, as Markdown."""
+    by_network = networks_of(record)
+    parts = [f"# {record['name']}", NOTE, claims_table(record, by_network), "## Table 2",
+             table2(record)]
+    for network, by_seed in by_network.items():
+        parts += network_text(record, network, by_seed)
+    changed = changes_table(record)
+    if changed:
+        title = "## What was changed: {}, {} epochs".format(
+            TITLE[record["changes"]["network"]], record["changes"]["epochs"])
+        parts += [title, CHANCE, changed]
+    for table in record.get("further", []):
+        parts += [f"## {table['title']}", markdown_table(table["head"], table["rows"])]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def networks_of(record):
+    """{network: `tested_by_seed`} of the networks that have been trained, at their main length."""
+    found = {network: tested_by_seed(record, network, record["epochs"].get(network))
+             for network in TITLE}
+    return {network: by_seed for network, by_seed in found.items() if by_seed}
+
+
+def draw(record, path):
+    """mIoU on real by training images, a bar and its seeds; and over the epochs."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    by_network = networks_of(record)
+    figure, axes = plt.subplots(1, len(by_network) + 1, figsize=(5 * len(by_network) + 5, 3.6))
+    for axis, (network, by_seed) in zip(axes, by_network.items()):
+        names = rows_in(record, by_seed)
+        for i, row in enumerate(names):
+            values = list(on_real(by_seed, row, "mIoU").values())
+            axis.barh(i, np.mean(values), color="C2" if row in ("synthetic", "real") else "C0")
+            axis.plot(values, [i] * len(values), "k.")
+        axis.set(yticks=range(len(names)), yticklabels=names, xlabel="mIoU on real",
+                 title=f"{TITLE[network]}, {record['epochs'][network]} epochs")
+        axis.invert_yaxis()
+    draw_epochs(axes[-1], record)
+    figure.tight_layout()
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
+    plt.close(figure)
+
+
+def draw_epochs(axis, record):
+    """mIoU of U-Net on real over the epochs, a line for every training set."""
+    epochs = epochs_in(record, "unet")
+    found = {n: tested_by_seed(record, "unet", n) for n in epochs}
+    for row in ("synthetic", "colour", "simgan", "ours", "real"):
+        here = [n for n in epochs if on_real(found[n], row, "mIoU")]
+        means = [np.mean(list(on_real(found[n], row, "mIoU").values())) for n in here]
+        axis.plot(here, means, marker="o", label=row)
+    axis.set(title="U-Net over the epochs", xlabel="epochs", ylabel="mIoU on real")
+    axis.legend()
 
 
 def arguments():
     p = parser(__doc__)
-    p.add_argument("--out", type=Path, default=Path("results/study"), help="what study.py kept")
-    p.add_argument("--before", type=Path, help="another study's: what is better or worse here?")
+    p.add_argument("name", help="of the study: study/results/NAME.json")
+    p.add_argument("--results", type=Path, default=ROOT / "study/results", help="of the record")
     return p.parse_args()
 
 
 def main():
     args = arguments()
-    out = args.out
-    for folder in [out, args.before] if args.before else [out]:
-        if not any(seeds_with(folder, f"segment_{n}.json") for n in NETWORKS):
-            raise UserError(f"{folder}: no finished seed in it (seed*/segment_*.json); run "
-                            "study.py first")
-    print(f"report.py: reads {out}/*/; writes {out}/study.md, ablations.md, study.json\n")
-    quality, table = quality_table(out)
-    parts = {network: report_network(out, network, args.before) for network in NETWORKS}
-    records, over_seeds, matrices, changed = zip(*parts.values())
-    text = "".join(["± is the standard deviation over the seeds, [ ] a 95 % interval of their mean "
-                    f"(Student's t).\n\n{table}", *over_seeds, *matrices]).strip() + "\n"
-    ablated = ("".join(changed).strip() or "No ablation has been run with these settings.") + "\n"
-    write_text(out / "study.json", json.dumps({"quality": quality, **dict(zip(parts, records))},
-                                              indent=1))
-    write_text(out / "study.md", text)
-    write_text(out / "ablations.md", ablated)
-    print(f"{text}\n{ablated}")
+    source = args.results / f"{args.name}.json"
+    if not source.is_file():
+        raise UserError(f"{source}: no such record; study.run writes it")
+    print(f"study.report: reads {source}; writes {args.results}/{args.name}.md and .png\n")
+    record = json.loads(source.read_text(encoding="utf-8"))
+    if not networks_of(record):
+        raise UserError(f"{source}: no seed in it has been through segmentation; run study.run")
+    text = text_of(record)
+    write_text(source.with_suffix(".md"), text)
+    draw(record, source.with_suffix(".png"))
+    print(text)
 
 
 if __name__ == "__main__":

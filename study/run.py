@@ -1,260 +1,309 @@
-"""The study: does refining help on real images, and what is each part of the method good for?
+"""The study: every row of ROWS for every seed, and one record with the numbers of all runs.
 
-Runs the whole chain (`make stages`) once per seed, R and D and the segmentation network anew each
-time, and once per ablation, in which one thing differs from that seed.
+A row makes a domain folder: by stages 2 to 4 (R and D learn anew for every seed), or by a filter.
+evaluate.py then scores all of them, and segment.py trains a network on each.
 
-Reads   a GTA-V and a Cityscapes folder, as prepare.py does; what is finished is not run again
-Writes  study/NAME/          data, checkpoints, results of every run (large; not for git)
-        results/study/NAME/  the small results of every run: tables, logs, pictures
+Reads   a GTA-V and a Cityscapes folder or others (--prepare), or a prepared folder (--data)
+Writes  runs/study/NAME/seedN/{data,runs,results}/   large; laid out as a user's own folders are
+        study/results/NAME.json                      the numbers; study.report makes tables of it
 
-    python study.py --gta5 ~/gtav --cityscapes ~/cityscapes     three seeds and every ablation
-    python study.py --gta5 ~/gtav --cityscapes ~/cityscapes --only seed1 l1-seed1
-    python report.py                                            then: the tables over all of it
-    python study.py --images study --epochs 60 --base study60 --out results/study60 --only seed0
-                    only segmentation, for longer, on the images that the runs in study/ have made
+    python -m study.run paper-size --inception inception.pt --precision bfloat16 \\
+      --prepare "--gta5 ~/gtav --cityscapes ~/cityscapes"
+    python -m study.report paper-size
 
-The scale is for 2 cores: 40 x 80 whole frames, batch 4, 1000 GAN steps, R averaged over the last
-200, U-Net, 30 epochs. With --precision bfloat16, on a CPU that has it, a seed takes 75 minutes of
-one core and an ablation about 25; DeepLabV3+ (--network both), 15 epochs, adds 35 to a seed.
+The same command goes on after a stop: a finished step is not run again. --seeds or --rows does a
+part of the study; two commands with other --seeds can run side by side. Nothing but numbers
+leaves runs/: street frames may not be passed on.
 """
+import csv
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from prepare import UserError, lock, natural, parser, positive, start
+from prepare import UserError, lock, natural, parser, positive, start, write_text
 
-PREPARE = "--crop none --size 40 80"
-PRETRAIN = "--steps 200 --batch-size 8 --lr 2e-4"
-GAN = "--steps 1000 --batch-size 4 --sample-every 50 --save-every 50"
-DOMAINS = ["synthetic", "colour", "simgan", "ours", "real"]
-NETWORKS = {"unet": "U-Net", "deeplabv3plus": "DeepLabV3+"}
-D_BY_ADAM = "--d-optimizer adam --d-lr 1e-4"
-# What an ablation changes: flags of train_gan.py ("gan") or pretrain.py ("pretrain"), the images
-# that R starts from, the checkpoint that is used ("step"), flags of refine.py ("refine"), the
-# "method"; or what is added to another ablation ("from").
-ABLATIONS = {
-    "l1": {"says": "L1 as in Eq 4, not squares", "gan": "--rec l1"},
-    "no-history": {"says": "D sees no history", "gan": "--history 0"},
-    "history-10": {"says": "a history of 10 batches, not 100", "gan": "--history 10"},
-    "beta0": {"says": "no L_rec (beta 0)", "gan": "--beta 0"},
-    **{f"beta-{b}": {"says": f"beta {b}, not 4e-6", "gan": f"--beta {b}"}
-       for b in ("1e-6", "1.6e-5")},
-    "alpha0": {"says": "no adversarial term (alpha 0)", "gan": "--alpha 0"},
-    "rule": {"says": "the step that the paper's rule picks, not the average", "step": "gan"},
-    "last-step": {"says": "the last step, not the average", "step": "last"},
-    "detail": {"says": "refined images with as much detail as real (`--match-detail`)",
-               "refine": "--match-detail"},
-    "colour-detail": {"says": "no R: colours and detail matched",
-                      "refine": "--method colour --match-detail"},
-    **{f"steps-{n}": {"says": f"{n} steps, not 1000", "gan": f"--steps {n}"}
-       for n in (200, 500, 1800)},
-    "batch-8": {"says": "batches of 8, not 4", "gan": "--batch-size 8"},
-    "r-rate": {"says": "R at 3e-5, not 1e-4", "gan": "--lr 3e-5"},
-    "r-adam": {"says": "R by Adam, not SGD", "gan": "--optimizer adam"},
-    "d-adam": {"says": "D by Adam at 1e-4, not SGD with momentum at 1e-3",
-               "pretrain": D_BY_ADAM, "gan": D_BY_ADAM},
-    "relu": {"says": "D with the last ReLU of Table 1", "pretrain": "--final-relu"},
-    "d-fine": {"says": "D sees patches of 20 x 20 pixels, not 50 x 50 (`--d-stride 1`)",
-               "pretrain": "--d-stride 1"},
-    "d-fine-simgan": {"says": "the same D, no perceptual pre-training", "method": "simgan",
-                      "pretrain": "--d-stride 1"},
-    "d-fine-detail": {"says": "the same D, and `--match-detail`", "from": "d-fine",
-                      "refine": "--match-detail"},
-    "d-fine-beta": {"says": "the same D, beta 1.6e-5", "from": "d-fine", "gan": "--beta 1.6e-5"},
-    "layer": {"says": "psi up to Conv2d_2b_3x3, not 4a", "pretrain": "--layer Conv2d_2b_3x3"},
-    "skip": {"says": "R adds a change to its input (`--skip`)", "pretrain": "--skip"},
-    "colour-first": {"says": "R and D start from colour-matched frames", "images": "colour"},
-    "colour-skip": {"says": "colour-matched frames and `--skip`", "pretrain": "--skip",
-                    "images": "colour"}}
-HERE = Path(__file__).resolve().parents[1]
-KEPT = ["results/*.md", "results/*.json", "results/table7.png", "runs/*/log.csv",
-        "runs/*/curves.png", "data/*/refine.json"]
+ROOT = Path(__file__).resolve().parents[1]
+GIVEN = ["synthetic", "real"]                                # made by prepare.py for all seeds
+
+# The rows, in the order of the work. "says": what was changed. "pretrain", "gan", "refine": flags
+# added to those of pretrain.py, train_gan.py, refine.py. "method": simgan, if not ours.
+# "checkpoint": what refine.py takes, if not average.pt; "of": of that row's training, which is
+# not done again. "filter": images made by study.filters. "segment": False, if no network is
+# trained on the row. To add a row, add a line.
+ROWS = {
+    "synthetic": {"says": "images as they are rendered"},
+    "real": {"says": "real images: what is aimed at"},
+    "colour": {"says": "no R: mean and deviation of every channel matched to real",
+               "filter": "colour"},
+    "simgan": {"says": "SimGAN: R pre-trained by L1", "method": "simgan"},
+    "ours": {"says": "the paper's method: R pre-trained by a perceptual loss"},
+    "pretrained": {"says": "R after its pre-training", "of": "ours", "checkpoint": "pretrain.pt",
+                   "segment": False},
+    "as-printed": {"says": "L_rec by L1, D's last ReLU and the rule's step, as printed",
+                   "pretrain": "--final-relu", "gan": "--rec l1", "checkpoint": "gan.pt"},
+    "finer-d": {"says": "D sees patches of 20 x 20 pixels, not 50 x 50",
+                "pretrain": "--d-stride 1"},
+}
+COLUMNS = ["loss_adv", "loss_rec", "d_loss_real", "d_loss_refined", "d_acc_real",
+           "d_acc_refined", "mean_change"]                   # of the log, kept as means
+TABLE2 = ["label", "n", "weights_sha256", "device", "versions", "rows", "differences"]
+CHECKPOINTS = {"pretrain.py": "pretrain.pt", "train_gan.py": "last.pt"}    # to --resume from
 
 
-# ----------------------------------------------------------------------------------- the runs
+# ------------------------------------------------------------------- the commands of a row
 
 
-def split(name):
-    """The ablation and the seed of a run: "seed2" is ("", 2), "l1" ("l1", 0), "l1-seed2"
-    ("l1", 2). ValueError if it is none."""
-    ablation, dash, seed = name.partition("-seed") if name[:4] != "seed" else ("", "", name[4:])
-    seed = seed if dash or not ablation else "0"
-    if not seed.isdecimal() or (ablation and ablation not in ABLATIONS) or (dash and seed == "0"):
-        raise ValueError(name)
-    return ablation, int(seed)
+def common_flags(seed, args):
+    return ["--seed", str(seed), "--precision", args.precision]
 
 
-def join(ablation, seed):
-    """The reverse of `split`."""
-    return f"{ablation}-seed{seed}" if ablation and seed else ablation or f"seed{seed}"
+def pretraining(name, seed, folder, args):
+    """The command that pre-trains R and D of a row."""
+    row = ROWS[name]
+    return ["pretrain.py", "--method", row.get("method", "ours"), "--data", f"{folder}/data",
+            "--run", f"{folder}/runs/{name}", "--inception", str(args.inception),
+            *common_flags(seed, args), *shlex.split(args.pretrain),
+            *shlex.split(row.get("pretrain", ""))]
 
 
-def run(name, args):
-    """One run of the chain under study/NAME; returns when its small results are kept."""
-    ablation, seed = split(name)
-    change = ABLATIONS.get(ablation, {})
-    method = method_of(ablation)
-    base, common = args.base / name, f"--seed {seed} --precision {args.precision}"
-    if ablation:
-        take_over(args.base / join(change.get("from", ""), seed), base, change)
-    variables = {
-        "BASE": f"{base}/", "INCEPTION": args.inception,
-        "PREPARE": f"--gta5 {args.gta5} --cityscapes {args.cityscapes} {PREPARE}",
-        "PRETRAIN": f"{common} {PRETRAIN} {change.get('pretrain', '')}",
-        "GAN": f"{common} {GAN} {change.get('gan', '')}",
-        "SEGMENT": segment_flags(name, args),
-        "REFINE": method if ablation else "colour pretrained ours simgan",
-        "STEP": change.get("step", "average"), "R_FLAGS": change.get("refine", "")}
-    if any(not (base / f"results/segment_{n}.json").is_file() for n in networks(args.network)):
-        (base / "runs/stamps/segment").unlink(missing_ok=True)     # asked for a further network
-    call(["make", "-C", str(HERE), "--no-print-directory", "stages",
-          *[f"{k}={v}" for k, v in variables.items()]], base)
-    keep(base, args.out / name, method)
+def adversarial(name, seed, folder, args):
+    """The command of the adversarial training of a row."""
+    row = ROWS[name]
+    return ["train_gan.py", "--method", row.get("method", "ours"), "--data", f"{folder}/data",
+            "--run", f"{folder}/runs/{name}", *common_flags(seed, args),
+            *shlex.split(args.gan), *shlex.split(row.get("gan", ""))]
 
 
-def segment_again(name, args):
-    """Only segmentation, on the images that this run has under --images."""
-    source, base = args.images / name, args.base / name
-    finished(source)
-    call([sys.executable, str(HERE / "segment.py"), "--data", str(source / "data"),
-          "--out", str(base / "results"), *segment_flags(name, args).split()], base)
-    keep(base, args.out / name)
+def same_pretraining(name):
+    """The first row that pre-trains as this one does: it does so for both."""
+    for other, row in ROWS.items():
+        trains = other not in GIVEN and "filter" not in row and "of" not in row
+        if trains and all(row.get(key) == ROWS[name].get(key) for key in ("method", "pretrain")):
+            return other
+    return name
 
 
-def method_of(ablation):
-    """Whose images a run is about: "ours", unless the ablation is one of SimGAN's."""
-    return ABLATIONS.get(ablation, {}).get("method", "ours")
+def commands_of_row(name, seed, folder, args):
+    """The commands that make the domain of a row, in order: [(name of the step, command)]."""
+    row, out = ROWS[name], f"{folder}/data/{name}"
+    if name in GIVEN:
+        return []
+    if "filter" in row:
+        return [(f"{name}-filter", ["-m", "study.filters", row["filter"], "--data",
+                                    f"{folder}/data", "--out", out])]
+    trained = row.get("of", name)
+    checkpoint = f"{folder}/runs/{trained}/{row.get('checkpoint', 'average.pt')}"
+    refine = ["refine.py", "--checkpoint", checkpoint, "--data", f"{folder}/data/synthetic",
+              "--out", out, *shlex.split(row.get("refine", ""))]
+    first = same_pretraining(trained)
+    return [(f"{first}-pretrain", pretraining(first, seed, folder, args)),
+            (f"{trained}-gan", adversarial(trained, seed, folder, args)),
+            (f"{name}-refine", refine)]
 
 
-def segment_flags(name, args):
-    """The flags of segment.py: a seed trains on every domain, an ablation on what it changed."""
-    ablation, seed = split(name)
-    return (f"--seeds {seed} --precision {args.precision} "
-            f"--epochs {' '.join(map(str, args.epochs))} "
-            f"--network {with_finished(args.network, args.base / name, args.epochs)} "
-            f"--train {method_of(ablation) if ablation else ' '.join(args.train)}")
+def segmentations(seed, args):
+    """The segmentation trainings of a seed: [(network, epochs, rows)]."""
+    rows = [name for name in args.rows if ROWS[name].get("segment", True)]
+    wanted = [("unet", args.epochs, rows)]
+    if seed == 0:
+        wanted += [("unet", epochs, rows) for epochs in args.curve]
+    deeplab = [name for name in args.deeplab if name in rows]
+    if deeplab:
+        wanted.append(("deeplabv3plus", args.deeplab_epochs, deeplab))
+    return wanted
 
 
-def call(command, base):
-    """Run a command to its end; UserError if it fails."""
-    if subprocess.run(command).returncode:
-        raise UserError(f"{base}: the chain stopped (see above); the same command goes on")
+def segment_command(network, epochs, rows, seed, folder, args):
+    """The command that trains and tests one network on some rows."""
+    return ["segment.py", "--data", f"{folder}/data", "--out", f"{folder}/results/{epochs}-epochs",
+            "--network", network, "--epochs", str(epochs), "--seeds", str(seed),
+            "--precision", args.precision, "--train", *rows]
 
 
-def finished(run):
-    """UserError if the images of this run are not finished."""
-    if not (run / "runs/stamps/evaluate").is_file():
-        raise UserError(f"{run}: not finished; run it first (--only {run.name})")
+# ------------------------------------------------------------------------------ the loop
 
 
-def networks(choice):
-    return list(NETWORKS) if choice == "both" else [choice]
+def run(command):
+    """Run a script of the repository, or a module of it, to its end; UserError if it fails."""
+    if command[0] != "-m":
+        command = [str(ROOT / command[0]), *command[1:]]
+    print(f"\n$ python {shlex.join(command)}", flush=True)
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run([sys.executable, *command],
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+    if done.returncode:
+        raise UserError("the study stopped (see above); the same command goes on")
 
 
-def with_finished(choice, base, epochs):
-    """"both" if the other network is finished after as many epochs: its weights are taken, and
-    Table 7 has both."""
-    for network, wanted in zip(NETWORKS, epochs * 2):
-        file = base / f"results/segment_{network}.json"
-        if network not in networks(choice) and file.is_file():
-            return "both" if json.loads(file.read_text()).get("epochs") == wanted else choice
-    return choice
-
-
-def take_over(source, base, change):
-    """Start an ablation from what it shares with its seed: the data, and as far as they are the
-    same the pre-training and the adversarial training."""
-    stamps = base / "runs" / "stamps"
-    if stamps.is_dir():
+def once(stamp, command, history, resume=False):
+    """Run a command unless its stamp says that it has ended with this very history: all commands
+    that its result comes from, as text."""
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == history:
         return
-    finished(source)
-    for domain, origin in (("synthetic", change.get("images", "synthetic")), ("real", "real")):
-        shutil.copytree(source / "data" / origin, base / "data" / domain, dirs_exist_ok=True)
-    method, files, stages = change.get("method", "ours"), [], ["prepare"]
-    if not {"pretrain", "images"} & set(change):
-        files, stages = ["pretrain.pt"], ["prepare", f"pretrain-{method}"]
-    if {"step", "refine"} & set(change):
-        files += ["last.pt", "gan.pt", "average.pt", "log.csv"]
-        stages += [f"gan-{method}"]
-    (base / "runs" / method).mkdir(parents=True, exist_ok=True)
-    for file in files:
-        shutil.copy(source / "runs" / method / file, base / "runs" / method / file)
-    stamps.mkdir()                                     # last: from here on nothing is copied
-    for stage in stages:
-        (stamps / stage).touch()
+    run(command + ["--resume"] if resume else command)
+    write_text(stamp, history)
 
 
-def keep(base, out, method="ours"):
-    """Copy the small results of a run, and the last picture of its method's samples."""
-    out.mkdir(parents=True, exist_ok=True)
-    for pattern in KEPT:
-        for file in base.glob(pattern):
-            prefix = f"{file.parent.name}_" if file.parent.parent.name in ("runs", "data") else ""
-            shutil.copy(file, out / f"{prefix}{file.name}")
-    pictures = sorted(base.glob(f"runs/{method}/samples/*.png"))
-    if pictures:
-        shutil.copy(pictures[-1], out / "samples.png")
+def make_row(name, seed, folder, args, history):
+    """Make the domain of a row. history: the commands that made its data, as a list of text;
+    returns it with those of the row."""
+    history = list(history)
+    for step, command in commands_of_row(name, seed, folder, args):
+        resume = False
+        if command[0] in CHECKPOINTS:
+            trained = Path(command[command.index("--run") + 1])
+            if command[0] == "train_gan.py":
+                take_pretraining(folder / "runs" / same_pretraining(trained.name), trained)
+            resume = (trained / CHECKPOINTS[command[0]]).exists()
+        history.append(shlex.join(command))
+        once(folder / "stamps" / step, command, "\n".join(history), resume)
+    return history
+
+
+def take_pretraining(source, target):
+    """Copy pretrain.pt to where train_gan.py looks for it, whole or not at all."""
+    if source != target:
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / "pretrain.pt", target / "pretrain.pt.tmp")
+        os.replace(target / "pretrain.pt.tmp", target / "pretrain.pt")
+
+
+def run_seed(seed, data, history, args):
+    """All rows of a seed, then their scores and the segmentation networks."""
+    folder = args.base / f"seed{seed}"
+    lock(folder)
+    (folder / "data").mkdir(exist_ok=True)
+    for name in GIVEN:
+        link = folder / "data" / name
+        if not link.exists():
+            link.symlink_to((data / name).resolve())
+    made = list(history)
+    for name in args.rows:
+        made += make_row(name, seed, folder, args, history)
+    evaluate = ["evaluate.py", "--data", f"{folder}/data", "--out", f"{folder}/results",
+                "--inception", str(args.inception)]
+    once(folder / "stamps/evaluate", evaluate, "\n".join([*made, shlex.join(evaluate)]))
+    for network, epochs, rows in segmentations(seed, args):
+        command = segment_command(network, epochs, rows, seed, folder, args)
+        once(folder / f"stamps/{network}-{epochs}", command,
+             "\n".join([*made, shlex.join(command)]))
+
+
+def prepare(args):
+    """The prepared folder that all seeds share, and the command that made it."""
+    if args.data:
+        return args.data, [f"data: {args.data}"]
+    command = ["prepare.py", "--out", f"{args.base}/data", *shlex.split(args.prepare)]
+    once(args.base / "stamps/prepare", command, shlex.join(command))
+    return args.base / "data", [shlex.join(command)]
+
+
+# ----------------------------------------------------------------------------- the record
+
+
+def end_of_log(path, last=25):
+    """The means of the last rows of a log.csv: {column: number}, and how many steps it has."""
+    with open(path, encoding="utf-8") as file:
+        log = list(csv.DictReader(file))
+    means = {"steps": len(log)}
+    for column in COLUMNS:
+        values = [float(row[column]) for row in log[-last:]]
+        means[column] = sum(values) / len(values)
+    return means
+
+
+def numbers_of_segment(path):
+    """What is kept of a segment_NETWORK.json: scores and confusion matrices on every domain."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    (seed, by_row), = found["scores"].items()
+    tested = {}
+    for row, by_domain in by_row.items():
+        tested[row] = {}
+        for domain, scored in by_domain.items():
+            tested[row][domain] = {"mIoU": scored["mIoU"], "accuracy": scored["accuracy"],
+                                   "confusion": found["confusion"][seed][row][domain]}
+    return {"network": found["network"], "epochs": found["epochs"], "images": found["images"],
+            "tested": tested}
+
+
+def numbers_of_seed(folder):
+    """All numbers of a seed: Table 2, the end of every training's log, every segmentation."""
+    table2 = json.loads((folder / "results/table2.json").read_text(encoding="utf-8"))
+    kept = {key: table2[key] for key in TABLE2}
+    training = {path.parent.name: end_of_log(path)
+                for path in sorted(folder.glob("runs/*/log.csv"))}
+    for name in training:
+        refined = folder / f"data/{name}/refine.json"
+        if refined.is_file():
+            training[name]["step"] = json.loads(refined.read_text(encoding="utf-8"))["step"]
+    segment = [numbers_of_segment(path)
+               for path in sorted(folder.glob("results/*-epochs/segment_*.json"))]
+    return {"table2": kept, "training": training, "segment": segment}
+
+
+def write_record(args):
+    """study/results/NAME.json, from every seed that has got as far as segmentation."""
+    settings = {key: getattr(args, key) for key in ("prepare", "pretrain", "gan", "precision")}
+    seeds = {}
+    for folder in sorted(args.base.glob("seed*")):
+        if list(folder.glob("results/*-epochs/segment_*.json")):
+            seeds[folder.name.removeprefix("seed")] = numbers_of_seed(folder)
+    record = {"name": args.name, "settings": settings,
+              "epochs": {"unet": args.epochs, "deeplabv3plus": args.deeplab_epochs},
+              "changes": {"network": "unet", "epochs": args.epochs},
+              "rows": {name: ROWS[name]["says"] for name in args.rows}, "seeds": seeds}
+    path = args.results / f"{args.name}.json"
+    write_text(path, json.dumps(record, separators=(",", ":")) + "\n")
+    print(f"done: {path}; python -m study.report {args.name} makes the tables")
 
 
 def arguments():
     p = parser(__doc__)
-    p.add_argument("--gta5", type=Path, help="folder with images/ and labels/")
-    p.add_argument("--cityscapes", type=Path, help="folder with leftImg8bit/ and gtFine/")
+    p.add_argument("name", help="of the study: its folder in runs/study, its record")
+    p.add_argument("--prepare", default="", help="flags of prepare.py, in one string")
+    p.add_argument("--data", type=Path, help="a prepared folder, instead of --prepare")
     p.add_argument("--inception", default="imagenet", help="imagenet, random or a file")
-    p.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="one run each, and "
-                   "for the first two every ablation")
-    p.add_argument("--only", nargs="+", metavar="NAME", help="seedN, an ablation of seed 0 (" +
-                   ", ".join(ABLATIONS) + ") or of another (NAME-seedN)")
-    p.add_argument("--network", choices=[*NETWORKS, "both"], default="unet",
-                   help="segmentation; asking for the other one later trains only that")
-    p.add_argument("--train", choices=DOMAINS, nargs="+", default=DOMAINS, help="what a seed "
-                   "trains segmentation on")
-    p.add_argument("--epochs", type=positive(int), nargs="+", default=[30, 15], metavar="N",
-                   help="of segmentation; two: of U-Net and of DeepLabV3+")
+    p.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="all of it for each")
+    p.add_argument("--rows", choices=ROWS, nargs="+", default=list(ROWS), metavar="ROW",
+                   help="of the study, the same in every command: " + ", ".join(ROWS))
+    p.add_argument("--pretrain", default="--batch-size 4", help="flags of pretrain.py, every row")
+    p.add_argument("--gan", default="--steps 2000 --batch-size 4",
+                   help="flags of train_gan.py, every row")
     p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32",
                    help="of the networks (bfloat16 halves the time where the CPU has it)")
-    p.add_argument("--images", type=Path, metavar="BASE", help="train only segmentation, on "
-                   "the images of the finished runs in this folder (the --base of before)")
-    p.add_argument("--base", type=Path, default=Path("study"), help="where the runs lie")
-    p.add_argument("--out", type=Path, default=Path("results/study"), help="the small results")
+    p.add_argument("--epochs", type=positive(int), default=30, help="of U-Net")
+    p.add_argument("--curve", type=positive(int), nargs="*", default=[4, 8, 15], metavar="N",
+                   help="further numbers of epochs of U-Net, seed 0 only")
+    p.add_argument("--deeplab", choices=ROWS, nargs="*", metavar="ROW",
+                   default=["synthetic", "simgan", "ours", "real"],
+                   help="the rows that DeepLabV3+ learns from; none if empty")
+    p.add_argument("--deeplab-epochs", type=positive(int), help="(default: as --epochs)")
+    p.add_argument("--base", type=Path, help="where the runs lie (default: runs/study/NAME)")
+    p.add_argument("--results", type=Path, default=ROOT / "study/results", help="of the record")
     args = p.parse_args()
-    if args.images and (args.images.resolve() == args.base.resolve()
-                        or args.out == p.get_default("out")):
-        p.error("--images needs a --base and an --out of its own: what is there stays")
-    if not (args.images or (args.gta5 and args.cityscapes)):
-        p.error("--gta5 and --cityscapes are needed (python report.py makes tables of what is run)")
-    names = [join("", s) for s in args.seeds] + [join(a, s) for a in ABLATIONS
-                                                 for s in args.seeds[:2]]
-    args.only = args.only or names
-    for name in args.only:
-        try:
-            split(name)
-        except ValueError:
-            p.error(f"--only {name}: wanted seedN, NAME or NAME-seedN (N above 0), NAME one of "
-                    f"{', '.join(ABLATIONS)}")
-    args.base = args.base.resolve()                            # make runs in its own folder
-    if args.inception not in ("imagenet", "random"):
-        args.inception = Path(args.inception).resolve()
-    for folder in ("images",) if args.images else ("gta5", "cityscapes"):
-        setattr(args, folder, getattr(args, folder).resolve())
+    if bool(args.prepare) == bool(args.data):
+        p.error("give --prepare FLAGS or --data FOLDER, one of the two")
+    args.base = args.base or Path("runs/study") / args.name
+    args.deeplab_epochs = args.deeplab_epochs or args.epochs
     return args
 
 
 def main():
     args = arguments()
-    sources = [args.images] if args.images else [args.gta5, args.cityscapes]
-    print(f"study.py: reads {'/ and '.join(map(str, sources))}/; writes {args.base}/ and "
-          f"{args.out}/", flush=True)
-    for folder in sources:
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; --gta5 and --cityscapes, or --images, "
-                            "name them")
-    for name in args.only:
-        lock(args.base / name)
-        (segment_again if args.images else run)(name, args)
-    print(f"done: {args.out}/; python report.py --out {args.out} makes the tables")
+    source = args.data or f"prepare.py {args.prepare}"
+    print(f"study.run: reads {source}; writes {args.base}/ and {args.results}/{args.name}.json",
+          flush=True)
+    data, history = prepare(args)
+    for name in GIVEN:
+        if not (data / name / "train").is_dir():
+            raise UserError(f"{data / name}: no train/ in it; --data wants what prepare.py made")
+    for seed in args.seeds:
+        run_seed(seed, data, history, args)
+        write_record(args)
 
 
 if __name__ == "__main__":
