@@ -1,20 +1,19 @@
-"""How fast every stage is on this machine: one table, each figure as a ratio within the run.
+"""How fast every stage is on this machine: one table, every figure a ratio within the run.
 
 Times of a machine that others use too move by a factor of two; the ratio of two things that
-were timed in turns moves far less. So every row is timed in turns with what it is compared to,
-and the table has the median. The first row is the floor: R's convolutions cost 8.43 GMAC an
-image of 80 x 160 forward, all else is small beside them, so a training step can at best run at
-the speed of a plain convolution.
+were timed in turns moves far less. So everything is timed in turns with what it is compared to,
+and the table has the median of the ratios. R's convolutions cost 8.43 GMAC an image of 80 x 160
+forward, all else is small beside them: a training step can at best run at the speed of a plain
+convolution.
 
 Reads   nothing; draws its own images
 Writes  the table; with --json PATH also as PATH, with hardware, versions and every single time,
         and as Markdown beside it
 
-    python bench.py                        everything, 3 to 4 minutes on 2 cores
-    python bench.py --only gan sweep       some sections
-    python bench.py --size 40 80 --batch-size 8 --json bench.json
+    python -m study.bench                        everything, 3 minutes on 2 cores
+    python -m study.bench --only gan metrics     some sections
+    python -m study.bench --size 40 80 --batch-size 8 --json results/bench.json
 """
-import ctypes
 import json
 import os
 import platform
@@ -25,7 +24,6 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -36,12 +34,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import pretrain
-import segment
 import train_gan
-from models import (Discriminator, Refiner, announce, fid, has_bfloat16, inception_features,
-                    learning_layout, load_inception, make_optimizer, patch_loss, pick_device,
-                    provenance, speed_up, ssim, to_float, to_uint8)
+from models import (DeepLabV3Plus, Discriminator, Refiner, UNet, announce, fid, has_bfloat16,
+                    inception_features, learning_layout, load_inception, make_optimizer,
+                    patch_loss, pick_device, provenance, speed_up, ssim, to_float, to_uint8)
 from prepare import parser, positive, start, write_text
+from study.report import markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 # ------------------------------------------------------------------------------ the clock
@@ -62,31 +62,11 @@ def in_turns(functions, device, repeats):
     """Call each once to warm up, then all in turns: a list of `repeats` times for each."""
     for function in functions:
         function()
-    rounds = [[seconds(f, device) for f in functions] for _ in range(repeats)]
-    return [list(times) for times in zip(*rounds)]
-
-
-def peak_memory(function, device):
-    """MB that a call needs at its peak beyond what is held before it; None where unknown."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    try:
-        ctypes.CDLL(None).malloc_trim(0)                         # give back what is free
-        Path("/proc/self/clear_refs").write_text("5")            # Linux: VmHWM starts anew
-        before = status("VmRSS")
-        function()
-        return status("VmHWM") - before
-    except (OSError, AttributeError):
-        return None
-
-
-def status(key):
-    """A line of /proc/self/status in MB."""
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[key].split()[0]) / 1e3
+    times = [[] for _ in functions]
+    for _ in range(repeats):
+        for function, own_times in zip(functions, times):
+            own_times.append(seconds(function, device))
+    return times
 
 
 class Table:
@@ -94,43 +74,37 @@ class Table:
 
     def __init__(self, device, repeats):
         self.device, self.repeats, self.rows = device, repeats, []
-        print(f"{'':44s} {'median':>16s} {'ratio':>7s}  {'against':28s} {'memory':>8s}")
+        print(f"{'':42s} {'median':>18s} {'ratio':>7s}  against")
 
-    def add(self, name, times, work=1, unit="s", ratio=None, against="", memory=None):
-        """A row. times: a list of seconds; `work` units of `unit` are done in each (unit "s":
-        the time itself is shown); ratio: a list or one number."""
-        median = statistics.median(times) if times else None
-        value = median if unit == "s" or not times else work / median
-        ratio = statistics.median(ratio) if isinstance(ratio, list) else ratio
+    def add(self, name, times, value, unit, ratios, against):
+        """A row. times: seconds; value: what is shown of them; ratios: a list."""
+        ratio = statistics.median(ratios) if ratios else None
         self.rows.append({"name": name, "value": value, "unit": unit, "ratio": ratio,
-                          "against": against, "memory_MB": memory, "times": times})
-        shown = f"{value:.4g} {unit}" if times else "-"
-        print(f"{name:44s} {shown:>16s} {'' if ratio is None else f'{ratio:.2f}':>7s}  "
-              f"{against:28s} {'' if memory is None else f'{memory:.0f} MB':>8s}", flush=True)
+                          "against": against, "times": times})
+        cells = self.cells(self.rows[-1])
+        print(f"{cells[0]:42s} {cells[1]:>18s} {cells[2]:>7s}  {cells[3]}", flush=True)
+
+    def absent(self, name, why):
+        """A row that cannot be measured here."""
+        self.add(name, [], None, "", [], why)
+
+    def compare(self, name, function, other, against, work=None):
+        """How many times faster `function` is than `other`. work: images in a call, if images a
+        second are to be shown; else the time of a call is."""
+        a, b = in_turns([function, other], self.device, self.repeats)
+        value, unit = statistics.median(a), "s"
+        if work:
+            value, unit = work / value, "images/s"
+        self.add(name, a, value, unit, [y / x for x, y in zip(a, b)], against)
+
+    def cells(self, row):
+        value = "-" if row["value"] is None else f"{row['value']:.4g} {row['unit']}"
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        return [row["name"], value, ratio, row["against"]]
 
     def markdown(self):
-        """The rows as a Markdown table."""
-        lines = ["| what | median | ratio | against | memory, MB |", "|---|---|---|---|---|"]
-        for row in self.rows:
-            value, ratio, memory = ("-" if row[k] is None else f"{row[k]:{f}}" for k, f in (
-                ("value", ".4g"), ("ratio", ".2f"), ("memory_MB", ".0f")))
-            unit = row["unit"] if row["times"] else ""
-            lines.append(f"| {row['name']} | {value} {unit} | {ratio} | {row['against']} | "
-                         f"{memory} |")
-        return "\n".join(lines) + "\n"
-
-    def compare(self, name, function, other, against, work=1, unit="s", repeats=None):
-        """A row and its ratio: how many times faster `function` is than `other`."""
-        a, b = in_turns([function, other], self.device, repeats or self.repeats)
-        self.add(name, a, work, unit, [y / x for x, y in zip(a, b)], against,
-                 peak_memory(function, self.device))
-        return a, b
-
-    def time(self, name, function, work=1, unit="s", **more):
-        """A row without a comparison."""
-        (times,) = in_turns([function], self.device, self.repeats)
-        self.add(name, times, work, unit, memory=peak_memory(function, self.device), **more)
-        return times
+        return markdown_table(["what", "median", "ratio", "against"],
+                              [self.cells(row) for row in self.rows])
 
 
 # ----------------------------------------------- the straightforward loop, what students write
@@ -174,7 +148,7 @@ def plain_step(R, D, optimizers, batches, history):
         history[torch.randint(len(history), ()).item()] = image
 
 
-# -------------------------------------------------------------------------- the sections
+# -------------------------------------------------------------------------- what is timed
 
 
 def images(n, size, device="cpu"):
@@ -183,19 +157,27 @@ def images(n, size, device="cpu"):
                          generator=torch.Generator().manual_seed(n)).to(device)
 
 
-def gan_step(size, n, device, precision="float32", compile=False):
+def gan_step(size, n, device, precision="float32", compile=False, layout=None):
     """One step of train_gan.py (two updates of R, one of D) as a function without arguments."""
     torch.manual_seed(0)
-    args = SimpleNamespace(
-        run="bench", precision=precision, compile=compile, optimizer="sgd", lr=1e-4,
-        d_optimizer="momentum", d_lr=1e-3, seed=0, history=2, batch_size=n, alpha=50, beta=4e-6,
-        rec_batch=512, rec="l1", average=200)
-    source = {"stage": "pretrain"}
-    for name, net in (("refiner", Refiner()), ("discriminator", Discriminator())):
-        source |= {name: net.state_dict(), f"{name}_args": net.args}
-    run, data = train_gan.Run(args, device, source), images(n, size, device)
-    run.history.add(data)
-    return lambda: train_gan.gan_step(run, data, data)
+    layout = layout or learning_layout(device)
+    R, D = (speed_up(net, device, precision, compile, layout)
+            for net in (Refiner(), Discriminator()))
+    optimizer_R = make_optimizer("sgd", R.parameters(), 1e-4)
+    optimizer_D = make_optimizer("momentum", D.parameters(), 1e-3)
+    data = images(n, size, device)
+    history = train_gan.History(2 * n, torch.Generator().manual_seed(0))
+    history.add(data)
+    average = {name: weight.clone() for name, weight in R.state_dict().items()}
+
+    def step():
+        for _ in range(2):
+            train_gan.update_R(R, D, optimizer_R, to_float(data), 50, 4e-6, 512)
+        n_old = n // 2
+        train_gan.update_D(R, D, optimizer_D, to_float(data[n_old:]), to_float(data), history,
+                           n_old)
+        train_gan.take_average(average, R, 200)
+    return step
 
 
 def straightforward_step(size, n, device):
@@ -220,61 +202,18 @@ def convolution(size, n, device):
     return (lambda: conv(x).backward(grad)), 3 * 2 * n * 64 * 64 * 16 * size[0] * size[1]
 
 
-def bench_gan(table, args):
-    """The GAN step: against the floor, against the straightforward loop, in bfloat16."""
-    size, n, device = args.size, args.batch_size, table.device
-    step, (floor, flop) = gan_step(size, n, device), convolution(size, n, device)
-    with FlopCounterMode(display=False) as counter:
-        step()
-    a, b = in_turns([step, floor], device, table.repeats)
-    table.add("convolution 64 -> 64, forward + backward", b, flop / 1e9, "GFLOP/s")
-    table.add("GAN step, arithmetic", a, counter.get_total_flops() / 1e9, "GFLOP/s",
-              [counter.get_total_flops() / x / (flop / y) for x, y in zip(a, b)],
-              "of the convolution's rate")
-    table.compare("GAN step", step, straightforward_step(size, n, device),
-                  "the straightforward loop")
-    if device.type == "cuda" or has_bfloat16():
-        table.compare("GAN step, bfloat16", gan_step(size, n, device, "bfloat16"), step,
-                      "float32")
-    else:                                        # 4 to 20 times slower, once seen, is enough
-        table.add("GAN step, bfloat16", [], against="this CPU has no bfloat16")
-    if device.type == "cuda":
-        table.compare("GAN step, tf32", gan_step(size, n, device, "tf32"), step, "float32")
-        table.compare("GAN step, bfloat16 and --compile",
-                      gan_step(size, n, device, "bfloat16", True), step, "float32")
-    else:
-        table.add("GAN step on a GPU: tf32, --compile", [], against="not measured: no GPU")
-
-
-def bench_pretrain(table, args):
-    """A step of pretrain.py for R (both methods) and for D, against a GAN step."""
-    size, n, device = args.size, args.batch_size, table.device
-    R, D = (speed_up(net, device, layout=learning_layout(device))
-            for net in (Refiner(), Discriminator()))
+def segment_step(net, size, n, device):
+    """One training step of a segmentation network as a function without arguments."""
     x = images(n, size, device)
-    psi = load_inception("random", "Conv2d_4a_3x3", x.cpu()).to(device)
-    adam = make_optimizer("adam", R.parameters(), 1e-4)
-    sgd = make_optimizer("momentum", D.parameters(), 1e-3)
-    gan = gan_step(size, n, device)
-    for name, step in (
-            ("pre-training step of R, perceptual",
-             lambda: pretrain.update_R(R, adam, to_float(x), psi)),
-            ("pre-training step of R, L1", lambda: pretrain.update_R(R, adam, to_float(x), None)),
-            ("pre-training step of D",
-             lambda: pretrain.update_D(D, sgd, to_float(x), to_float(x)))):
-        table.compare(name, step, gan, "a GAN step")
+    y = (x[:, 0] % 19).long()
+    net = speed_up(net, device).train()
+    adam = make_optimizer("adam", net.parameters(), 1e-3)
 
-
-@torch.no_grad()
-def bench_inference(table, args):
-    """refine.py's and evaluate.py's networks."""
-    device, x = table.device, images(16, args.size, table.device)
-    R = speed_up(Refiner(), device)
-    plain = plain_refiner().to(device)
-    table.compare("refine", lambda: to_uint8(R(to_float(x))),
-                  lambda: to_uint8(plain(to_float(x))), "padding='same', NCHW", 16, "images/s")
-    net = load_inception("random", "pool3", x.cpu())
-    table.time("Inception features", lambda: inception_features(net, x, device), 16, "images/s")
+    def step():
+        adam.zero_grad()
+        F.cross_entropy(net(to_float(x)), y, ignore_index=255).backward()
+        adam.step()
+    return step
 
 
 def direct_ssim(x, y):
@@ -294,12 +233,95 @@ def sqrtm_fid(a, b):
     return (a.mean(0) - b.mean(0)).square().sum().item() + s1.trace() + s2.trace() - 2 * root
 
 
+def draw_raw(folder, count, size=(1052, 1914)):
+    """`count` full-size frames (8 different ones) with labels, as GTA-V's: PNG of about 2.5 MB."""
+    random = np.random.default_rng(0)
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir(parents=True)
+    for i in range(min(count, 8)):
+        coarse = Image.fromarray(random.integers(0, 256, (24, 48, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize(size[::-1], Image.BICUBIC)).astype(np.int16)
+        noisy = smooth + random.integers(-4, 5, smooth.shape, dtype=np.int16)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(
+            folder / f"images/{i:05d}.png", compress_level=3)
+        ids = random.choice(np.array([7, 11, 21, 23, 26], np.uint8), (24, 48))
+        Image.fromarray(ids).resize(size[::-1], Image.NEAREST).save(folder / f"labels/{i:05d}.png")
+    for i in range(8, count):
+        for kind in ("images", "labels"):
+            os.link(folder / kind / f"{i % 8:05d}.png", folder / kind / f"{i:05d}.png")
+
+
+# -------------------------------------------------------------------------- the sections
+
+
+def bench_gan(table, args):
+    """The GAN step: against a convolution, the straightforward loop, other arithmetic."""
+    size, n, device = args.size, args.batch_size, table.device
+    step, (floor, flop) = gan_step(size, n, device), convolution(size, n, device)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    a, b = in_turns([step, floor], device, table.repeats)
+    rates = [counter.get_total_flops() / x for x in a]
+    table.add("GAN step, arithmetic", a, statistics.median(rates) / 1e9, "GFLOP/s",
+              [rate / (flop / y) for rate, y in zip(rates, b)], "of a plain convolution's rate")
+    table.compare("GAN step", step, straightforward_step(size, n, device),
+                  "the straightforward loop")
+    table.compare("GAN step, channels last",
+                  gan_step(size, n, device, layout=torch.channels_last),
+                  gan_step(size, n, device, layout=torch.contiguous_format), "channels first")
+    half = gan_step([size[0] // 2, size[1] // 2], n, device)
+    table.compare("GAN step, a quarter of the pixels", half, step, "the whole; 4 is linear")
+    if device.type == "cuda" or has_bfloat16():
+        table.compare("GAN step, bfloat16", gan_step(size, n, device, "bfloat16"), step,
+                      "float32")
+    else:                                        # 4 to 20 times slower, once seen, is enough
+        table.absent("GAN step, bfloat16", "this CPU has no bfloat16")
+    if device.type == "cuda":
+        table.compare("GAN step, tf32", gan_step(size, n, device, "tf32"), step, "float32")
+        table.compare("GAN step, bfloat16 and --compile",
+                      gan_step(size, n, device, "bfloat16", True), step, "float32")
+    else:
+        table.absent("GAN step on a GPU: tf32, --compile", "not measured: no GPU")
+
+
+def bench_networks(table, args):
+    """Pre-training, refining, Inception, and the segmentation networks."""
+    size, n, device = args.size, max(args.batch_size, 2), table.device
+    R = speed_up(Refiner(), device, layout=learning_layout(device))
+    x = images(n, size, device)
+    psi = load_inception("random", "Conv2d_4a_3x3", x.cpu()).to(device)
+    adam = make_optimizer("adam", R.parameters(), 1e-4)
+    step = gan_step(size, n, device)
+    table.compare("pre-training step of R, perceptual",
+                  lambda: pretrain.update_R(R, adam, to_float(x), psi), step, "a GAN step")
+    unet = segment_step(UNet(), size, n, device)
+    table.compare("training step of U-Net", unet, step, "a GAN step", n)
+    table.compare("training step of DeepLabV3+", segment_step(DeepLabV3Plus(), size, n, device),
+                  unet, "U-Net's", n)
+    bench_inference(table, args)
+
+
+@torch.no_grad()
+def bench_inference(table, args):
+    """What refine.py and evaluate.py run."""
+    device, x = table.device, images(16, args.size, table.device)
+    R, plain = speed_up(Refiner(), device), plain_refiner().to(device)
+
+    def refine():
+        return to_uint8(R(to_float(x)))
+    table.compare("refine", refine, lambda: to_uint8(plain(to_float(x))),
+                  "padding='same', channels first", 16)
+    net = load_inception("random", "pool3", x.cpu())
+    table.compare("Inception features", lambda: inception_features(net, x, device), refine,
+                  "refine", 16)
+
+
 def bench_metrics(table, args):
     """SSIM and FID against their usual forms; first of all, the values are equal."""
     x, y = (images(n, args.size, table.device)[:64].float() for n in (64, 65))
     torch.testing.assert_close(ssim(x, y), direct_ssim(x, y), atol=1e-4, rtol=0)
     table.compare("SSIM, 64 pairs", lambda: ssim(x, y), lambda: direct_ssim(x, y),
-                  "the direct 11 x 11 form", 64, "images/s")
+                  "the direct 11 x 11 form", 64)
     cpu, random = torch.device("cpu"), torch.Generator().manual_seed(0)
     for n in (200, args.most_features):
         a, b = (torch.rand(n, 2048, generator=random, dtype=torch.float64) for _ in range(2))
@@ -307,96 +329,23 @@ def bench_metrics(table, args):
         slow = seconds(lambda: value.append(sqrtm_fid(a, b)), cpu)
         assert abs(fid(a, b) - value[0]) < 1e-3 * abs(value[0])
         (times,) = in_turns([lambda: fid(a, b)], cpu, table.repeats)
-        table.add(f"FID distance, N = {n}", times, ratio=[slow / t for t in times],
-                  against="scipy's sqrtm (once)")
-
-
-def draw_raw(folder, count, size=(1052, 1914)):
-    """`count` full-size frames (8 different ones) with labels, as GTA-V's: PNG of about 2.5 MB."""
-    random = np.random.default_rng(0)
-    for kind in ("images", "labels"):
-        (folder / kind).mkdir(parents=True)
-    for i in range(count):
-        if i < 8:
-            coarse = Image.fromarray(random.integers(0, 256, (24, 48, 3), dtype=np.uint8))
-            smooth = np.asarray(coarse.resize(size[::-1], Image.BICUBIC)).astype(np.int16)
-            noisy = smooth + random.integers(-4, 5, smooth.shape, dtype=np.int16)
-            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(
-                folder / f"images/{i:05d}.png", compress_level=3)
-            ids = random.choice(np.array([7, 11, 21, 23, 26], np.uint8), (24, 48))
-            Image.fromarray(ids).resize(size[::-1], Image.NEAREST).save(
-                folder / f"labels/{i:05d}.png")
-        else:
-            for kind in ("images", "labels"):
-                os.link(folder / kind / f"{i % 8:05d}.png", folder / kind / f"{i:05d}.png")
-
-
-# Runs a command and prints the peak memory of its largest process in kB. In between lies a
-# process of its own since a child of bench.py would be charged with bench.py's memory.
-PEAK = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
-        "stdout=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+        table.add(f"FID distance, N = {n}", times, statistics.median(times), "s",
+                  [slow / t for t in times], "scipy's sqrtm (once)")
 
 
 def bench_prepare(table, args):
-    """prepare.py on full-size PNGs, through its command line, by workers."""
-    cpu, count, peaks = torch.device("cpu"), args.frames, {}
+    """prepare.py on full-size PNGs, through its command line, on two cores and on one."""
     with tempfile.TemporaryDirectory() as folder:
-        draw_raw(Path(folder) / "raw", count)
+        draw_raw(Path(folder) / "raw", args.frames)
+        raw = [f"{folder}/raw/images", f"{folder}/raw/labels"]
 
         def run(workers):
             out = f"{folder}/{workers}-{time.monotonic_ns()}"
-            raw = [f"{folder}/raw/images", f"{folder}/raw/labels"]
-            peaks[workers] = int(subprocess.run(
-                [sys.executable, "-c", PEAK, sys.executable, Path(__file__).parents[1] / "prepare.py",
-                 "--synthetic", *raw, "--real", *raw, "--test", "1", "--out", out, "--workers",
-                 str(workers)], check=True, capture_output=True).stdout) / 1e3
-        workers = sorted({1, 2, os.cpu_count()})
-        runs = in_turns([lambda w=w: run(w) for w in workers], cpu, max(1, table.repeats - 1))
-        for w, times in zip(workers, runs):
-            table.add(f"prepare.py, full-size PNG, --workers {w}", times, 2 * count, "images/s",
-                      [one / t for one, t in zip(runs[0], times)], "--workers 1", peaks[w])
-
-
-def bench_segment(table, args):
-    """Segmentation: a training step of batch 16 and the test, per network."""
-    device, n = table.device, max(args.batch_size, 2)
-    x = images(n, args.size, device)
-    y = (x[:, 0] % 19).long()
-    for name in segment.NETWORKS:
-        net = speed_up(segment.build(name, None), device)
-        adam = torch.optim.Adam(net.parameters(), 1e-3)
-
-        def step():
-            adam.zero_grad()
-            F.cross_entropy(net.train()(to_float(x)), y, ignore_index=255).backward()
-            adam.step()
-        table.time(f"{segment.TITLE[name]}, training", step, n, "images/s")
-        table.time(f"{segment.TITLE[name]}, testing",
-                   lambda: segment.predict(net, x, device), n, "images/s")
-
-
-def bench_sweep(table, args):
-    """The cost of a GAN step by size and by batch size: linear would be a ratio of 1."""
-    height, width = args.size
-    cases = [((h, 2 * h), 4) for h in (height // 4, height // 2, height)]
-    cases += [((height // 2, width // 2), n) for n in (1, 2, 8)]
-    cases = [(size, n) for size, n in cases if min(size) >= 16]
-    steps = [gan_step(size, n, table.device) for size, n in cases]
-    times = in_turns(steps, table.device, max(1, table.repeats - 1))
-    per_pixel = [[t / (n * size[0] * size[1]) for t in some]
-                 for some, (size, n) in zip(times, cases)]
-    base = per_pixel[len(cases) // 2 - 1]
-    for (size, n), some, cost in zip(cases, times, per_pixel):
-        table.add(f"GAN step, {size[0]} x {size[1]}, batch {n}", some,
-                  ratio=[c / b for c, b in zip(cost, base)], against="cost a pixel")
-
-
-def bench_start(table, args):
-    """How long a user waits for --help."""
-    here = Path(__file__).parents[1]
-    for script in ("prepare.py", "train_gan.py"):
-        table.time(f"{script} --help", lambda s=script: subprocess.run(
-            [sys.executable, here / s, "--help"], check=True, capture_output=True))
+            subprocess.run([sys.executable, ROOT / "prepare.py", "--synthetic", *raw, "--real",
+                            *raw, "--test", "1", "--out", out, "--workers", str(workers)],
+                           check=True, capture_output=True)
+        table.compare("prepare.py, full-size PNG, --workers 2", lambda: run(2), lambda: run(1),
+                      "--workers 1", 2 * args.frames)
 
 
 def machine():
@@ -409,8 +358,8 @@ def machine():
     return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
-SECTIONS = {name.removeprefix("bench_"): function for name, function in list(globals().items())
-            if name.startswith("bench_")}
+SECTIONS = {"gan": bench_gan, "networks": bench_networks, "metrics": bench_metrics,
+            "prepare": bench_prepare}
 
 
 def arguments():
@@ -430,7 +379,7 @@ def arguments():
 def main():
     args = arguments()
     device = pick_device(args.device)
-    announce("bench.py", device, args.seed, "nothing", args.json or "nothing")
+    announce("study.bench", device, args.seed, "nothing", args.json or "nothing")
     table = Table(device, args.repeats)
     for name in args.only:
         SECTIONS[name](table, args)
@@ -439,7 +388,7 @@ def main():
             {"rows": table.rows, "machine": machine(), **provenance(args, device)}, indent=1))
         write_text(args.json.with_suffix(".md"), f"{machine()}, {device}, torch "
                    f"{torch.__version__}, {args.size[0]} x {args.size[1]}, batch "
-                   f"{args.batch_size}\n\n{table.markdown()}")
+                   f"{args.batch_size}\n\n{table.markdown()}\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from study import bench
 TINY = ["--size", 24, 48, "--batch-size", 2, "--repeats", 1, "--most-features", 64]
 
 
-@pytest.mark.parametrize("section", ["gan", "pretrain", "inference", "segment", "sweep"])
+@pytest.mark.parametrize("section", ["gan", "networks"])
 def test_sections(tmp_path, section):
     """Through the command line: a table on stdout, the same in the JSON, times above 0."""
     out, _ = call("study/bench.py", "--only", section, *TINY, "--json", "b.json", cwd=tmp_path)
