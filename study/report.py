@@ -28,9 +28,8 @@ CLAIMS = [("training on refined images is better than on synthetic ones", "ours"
           ("the same, refined as printed", "as-printed", "synthetic"),
           ("ours is better than SimGAN: the perceptual pre-training helps", "ours", "simgan"),
           ("ours is better than matched colours: it takes a GAN", "ours", "colour")]
-PAIRS = [("ours", "simgan"), ("ours", "colour"), ("as-printed", "ours"), ("finer-d", "ours"),
-         ("finer-d", "simgan"), ("finer-d", "colour"), ("finer-d", "finer-d-simgan")]
-
+PAIRS = [("as-printed", "ours"), ("finer-d", "ours"), ("finer-d", "simgan"),
+         ("finer-d", "colour"), ("finer-d", "finer-d-simgan")]      # beside those of the claims
 NOTE = ("± is the standard deviation over the seeds, [ ] a 95 % interval of their mean (Student's "
         "t); differences are paired by seed.")
 CHANCE = ("± is what chance explains (95 %), from the spread of all rows together; bold is more. "
@@ -200,9 +199,9 @@ def claims_table(record, by_network):
     if change and change["margin"]:
         worse = change["mean"] + change["margin"] < 0
         rows.append(["the paper's rule picks the best step", "does not hold" if worse else
-                     "cannot tell", f"mIoU {change['mean']:+.3f} ± {change['margin']:.3f} beside "
-                     "the average of the last steps"])
-    return markdown_table(["claim", "", "number [95 %]"], rows)
+                     "cannot tell", f"mIoU {change['mean']:+.3f} to the average of the last steps; "
+                     f"chance explains {change['margin']:.3f}"])
+    return markdown_table(["claim", "verdict", "number [95 %]"], rows)
 
 
 # ------------------------------------------------------------------------------ the tables
@@ -250,7 +249,8 @@ def pairs_table(by_seed):
         if found[0]:
             rows.append([f"{one} - {other}", with_interval(found[0], 3, "+"),
                          with_interval(found[1], 1, "+")])
-    return markdown_table(["difference [95 %]", "mIoU on real", "accuracy on real, %"], rows)
+    head = ["difference [95 %]", "mIoU on real", "accuracy on real, %"]
+    return markdown_table(head, rows) if rows else ""
 
 
 def matrix_values(by_seed, row, domain, metric):
@@ -260,20 +260,23 @@ def matrix_values(by_seed, row, domain, metric):
 
 def matrix_table(record, network, by_seed, metric):
     """One of Tables 3 to 6; the paper's cells are bold, its own figures in brackets."""
-    rows, names = [], rows_in(record, by_seed)
+    rows, names, domains = [], rows_in(record, by_seed), []
+    for domain in names:
+        if any(matrix_values(by_seed, row, domain, metric) for row in names):
+            domains.append(domain)
     for row in names:
         cells = [row]
         refined = "simgan" if row == "simgan" else "ours"    # the paper's middle column
-        for domain in names:
+        for domain in domains:
             cell = with_spread(matrix_values(by_seed, row, domain, metric), metric)
             paper = PAPER[network][metric].get(row)
-            if paper and domain in ("synthetic", refined, "real"):
+            if paper and cell != "-" and domain in ("synthetic", refined, "real"):
                 value = dict(zip(("synthetic", refined, "real"), paper))[domain]
                 cell = f"**{cell}** ({value})"
             cells.append(cell)
         rows.append(cells)
     unit = "fraction" if metric == "mIoU" else "%"
-    return markdown_table([f"{metric} ({unit}), trained on \\ tested on", *names], rows)
+    return markdown_table([f"{metric} ({unit}), trained on \\ tested on", *domains], rows)
 
 
 def class_table(record, by_seed):
@@ -426,11 +429,12 @@ def draw(record, path):
         names = rows_in(record, by_seed)
         for i, row in enumerate(names):
             values = list(on_real(by_seed, row, "mIoU").values())
-            axis.barh(i, np.mean(values), color="C2" if row in ("synthetic", "real") else "C0")
+            axis.barh(i, np.mean(values), color="0.7" if row in ("synthetic", "real") else "C0")
             axis.plot(values, [i] * len(values), "k.")
         axis.set(yticks=range(len(names)), yticklabels=names, xlabel="mIoU on real",
                  title=f"{TITLE[network]}, {record['epochs'][network]} epochs")
         axis.invert_yaxis()
+        axis.locator_params(axis="x", nbins=5)
     draw_epochs(axes[-1], record)
     figure.tight_layout()
     with whole(path) as temporary:
