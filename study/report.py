@@ -368,7 +368,7 @@ def changes_table(record):
     rows = []
     for row in ["ours", *found["mIoU"]]:
         seeds = ", ".join(change_scores(record, row, "mIoU"))
-        cells = [record["rows"][row], seeds, mean_change(record, row)]
+        cells = [record["rows"][row]["says"], seeds, mean_change(record, row)]
         for metric in found:
             if row == "ours":
                 values = change_scores(record, row, metric).values()

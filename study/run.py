@@ -6,6 +6,7 @@ evaluate.py then scores all of them, and segment.py trains a network on each.
 Reads   a GTA-V and a Cityscapes folder or others (--prepare), or a prepared folder (--data)
 Writes  runs/study/NAME/seedN/{data,runs,results}/   large; laid out as a user's own folders are
         study/results/NAME.json                      the numbers; study.report makes tables of it
+        study/results/NAME-figure1.png               Figure 1 of ours, seed 0
 
     python -m study.run paper-size --inception inception.pt --precision bfloat16 \\
       --prepare "--gta5 ~/gtav --cityscapes ~/cityscapes"
@@ -13,7 +14,7 @@ Writes  runs/study/NAME/seedN/{data,runs,results}/   large; laid out as a user's
 
 The same command goes on after a stop: a finished step is not run again. --seeds or --rows does a
 part of the study; two commands with other --seeds can run side by side. Nothing but numbers
-leaves runs/: street frames may not be passed on.
+and curves leaves runs/: street frames may not be passed on.
 """
 import csv
 import json
@@ -57,25 +58,22 @@ CHECKPOINTS = {"pretrain.py": "pretrain.pt", "train_gan.py": "last.pt"}    # to 
 # ------------------------------------------------------------------- the commands of a row
 
 
-def common_flags(seed, args):
-    return ["--seed", str(seed), "--precision", args.precision]
+def training(script, name, seed, folder, args):
+    """The flags that both trainings of a row take, after the script's name."""
+    return [script, "--method", ROWS[name].get("method", "ours"), "--data", f"{folder}/data",
+            "--run", f"{folder}/runs/{name}", "--seed", str(seed), "--precision", args.precision]
 
 
 def pretraining(name, seed, folder, args):
     """The command that pre-trains R and D of a row."""
-    row = ROWS[name]
-    return ["pretrain.py", "--method", row.get("method", "ours"), "--data", f"{folder}/data",
-            "--run", f"{folder}/runs/{name}", "--inception", str(args.inception),
-            *common_flags(seed, args), *shlex.split(args.pretrain),
-            *shlex.split(row.get("pretrain", ""))]
+    return [*training("pretrain.py", name, seed, folder, args), "--inception", str(args.inception),
+            *shlex.split(args.pretrain), *shlex.split(ROWS[name].get("pretrain", ""))]
 
 
 def adversarial(name, seed, folder, args):
     """The command of the adversarial training of a row."""
-    row = ROWS[name]
-    return ["train_gan.py", "--method", row.get("method", "ours"), "--data", f"{folder}/data",
-            "--run", f"{folder}/runs/{name}", *common_flags(seed, args),
-            *shlex.split(args.gan), *shlex.split(row.get("gan", ""))]
+    return [*training("train_gan.py", name, seed, folder, args),
+            *shlex.split(args.gan), *shlex.split(ROWS[name].get("gan", ""))]
 
 
 def same_pretraining(name):
@@ -181,6 +179,8 @@ def run_seed(seed, data, history, args):
         link = folder / "data" / name
         if not link.exists():
             link.symlink_to((data / name).resolve())
+        if link.resolve() != (data / name).resolve():
+            raise UserError(f"{link}: is of other data; choose another name for this study")
     made = list(history)
     for name in args.rows:
         made += make_row(name, seed, folder, args, history)
@@ -255,9 +255,12 @@ def write_record(args):
     record = {"name": args.name, "settings": settings,
               "epochs": {"unet": args.epochs, "deeplabv3plus": args.deeplab_epochs},
               "changes": {"network": "unet", "epochs": args.epochs},
-              "rows": {name: ROWS[name]["says"] for name in args.rows}, "seeds": seeds}
+              "rows": {name: ROWS[name] for name in args.rows}, "seeds": seeds}
     path = args.results / f"{args.name}.json"
     write_text(path, json.dumps(record, separators=(",", ":")) + "\n")
+    figure1 = args.base / "seed0/runs/ours/curves.png"
+    if figure1.is_file():
+        shutil.copy(figure1, args.results / f"{args.name}-figure1.png")
     print(f"done: {path}; python -m study.report {args.name} makes the tables")
 
 
@@ -271,7 +274,7 @@ def arguments():
     p.add_argument("--rows", choices=ROWS, nargs="+", default=list(ROWS), metavar="ROW",
                    help="of the study, the same in every command: " + ", ".join(ROWS))
     p.add_argument("--pretrain", default="--batch-size 4", help="flags of pretrain.py, every row")
-    p.add_argument("--gan", default="--steps 2000 --batch-size 4",
+    p.add_argument("--gan", default="--steps 2000 --batch-size 4 --save-every 100",
                    help="flags of train_gan.py, every row")
     p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32",
                    help="of the networks (bfloat16 halves the time where the CPU has it)")
