@@ -114,8 +114,11 @@ def gap_closed(by_seed, row, metric):
 
 def rows_in(record, by_seed):
     """The rows that a network was trained on, in the record's order, real last."""
-    found = [row for row in record["rows"] if any(row in rows for rows in by_seed.values())]
-    return sorted(found, key=lambda row: row == "real")
+    trained = set()
+    for rows in by_seed.values():
+        trained |= set(rows)
+    found = [row for row in record["rows"] if row in trained and row != "real"]
+    return found + ["real"] if "real" in trained else found
 
 
 def quality(record, row, metric):
