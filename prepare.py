@@ -8,35 +8,22 @@ Writes  data/{synthetic,real}/{train,test}/images/NAME.png   RGB, all of one siz
 
     python prepare.py --gta5 ~/gtav --cityscapes ~/cityscapes          the paper's data
     python prepare.py --synthetic IMAGES LABELS --real IMAGES LABELS   any other
-    python prepare.py --demo                                           no data at all: 20 s
+    python prepare.py --demo                                           no data at all
 
-50 to 80 ms of one core a full-size frame: about 15 minutes for all of GTA-V and Cityscapes on 2.
-It is also the data format itself: CLASSES, PALETTE, IGNORE, load_images and load_labels are
-imported by the other stages. It imports none of them, and torch only where tensors are made.
+The other stages import the format from here: CLASSES, PALETTE, IGNORE, load_images, load_labels.
 """
-import argparse
 import json
-import multiprocessing
 import os
-import sys
-import tempfile
-import threading
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
-from tqdm import tqdm
+from PIL import Image, ImageOps
 
-try:
-    import fcntl
-except ImportError:                                  # Windows: no locks there
-    fcntl = None
+from support import toytown
+from support.cli import (UserError, in_parallel, lock, parser, positive, start, write_json,
+                         write_png)
 
 # The 19 classes that GTA-V and Cityscapes share (section 4.1). Row i is trainId i:
 # name, Cityscapes labelId, colour (cityscapesScripts labels.py).
@@ -55,7 +42,6 @@ CLASSES = [name for name, _, _ in TABLE]
 PALETTE = np.zeros((256, 3), np.uint8)               # void (255) is black
 PALETTE[:19] = [colour for _, _, colour in TABLE]
 IGNORE = 255                                         # void: in no loss and no score
-SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 # Raw pixel value -> trainId. Every labelId outside the 19 classes is void; a value that no
 # table knows is UNKNOWN, and its frame is refused.
@@ -66,144 +52,6 @@ LOOKUP["labelIds"][[label_id for _, label_id, _ in TABLE]] = range(19)
 LOOKUP["trainIds"][list(range(19)) + [255]] = list(range(19)) + [IGNORE]
 
 
-class UserError(Exception):
-    """Something the user can mend. Its text names the file or flag, what was found, and what
-    to do; `start` prints it as one line."""
-
-
-BARS = []                                            # closed before an error is printed
-
-
-def start(main):
-    """Call a script's main(); turn what a user can mend into one line and status 2: a UserError,
-    a file that cannot be read or written, memory that does not suffice."""
-    try:
-        main()
-    except Exception as error:
-        if "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error) or isinstance(
-                error, MemoryError):                     # CUDA's, PyTorch's on a CPU, Python's
-            error = UserError("out of memory; try a smaller --batch-size or, in prepare.py, a "
-                              "smaller --size or fewer --workers")
-        if not isinstance(error, (UserError, OSError)):
-            raise                                        # a mistake of ours: the traceback
-        for bar in BARS:
-            bar.close()
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stop:                    # with a text: a training that has saved
-        advice = f" {stop}; --resume goes on" if str(stop) else "; run it again to go on"
-        print(f"\n{Path(sys.argv[0]).name}: stopped{advice}", file=sys.stderr)
-        sys.exit(130)
-
-
-def parser(doc):
-    """An ArgumentParser whose help is the script's own docstring and shows every default."""
-    class Formatter(argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):
-            nothing = any(action.default is x for x in (None, False, argparse.SUPPRESS))
-            return action.help if nothing else f"{action.help} (default: %(default)s)"
-    p = argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
-    p.add_argument("--seed", type=natural, default=0, help="decides every random choice")
-    return p
-
-
-def natural(text):
-    """An argparse type: an int of 0 or more."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return int(text)
-
-
-def positive(kind):
-    """An argparse type: a finite number of `kind` above 0."""
-    def convert(text):
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-    convert.__name__ = f"positive {kind.__name__}"
-    return convert
-
-
-def progress(iterable=None, **options):
-    """tqdm with a rate and the time left; in a log file, a line every 20 seconds at most."""
-    slow = {} if sys.stderr.isatty() else {"mininterval": 20}
-    BARS.append(tqdm(iterable, dynamic_ncols=True, **slow, **options))
-    return BARS[-1]
-
-
-LOCKS = []                                           # open files: closing one frees its lock
-
-
-def lock(folder, make=True):
-    """UserError if another process writes into `folder`; else keep others out until this one ends.
-
-    The system frees the lock however the process ends, so a kill leaves none stuck; the empty
-    file .lock stays. `make`: create the folder; False: do nothing where there is none yet.
-    """
-    if fcntl is None or not (make or Path(folder).is_dir()):
-        return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    LOCKS.append(open(Path(folder) / ".lock", "w"))
-    try:
-        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)     # not inherited by workers
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"{folder}: another process is writing there; wait for its end or choose "
-                        "another folder") from None
-
-
-def writable(folder):
-    """Make a folder for results, or fail now rather than after the hours that lead to them."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-
-
-@contextmanager
-def whole(path):
-    """A temporary name to write to: renamed to `path` at the end, removed if writing failed."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path, text):
-    """Write a text file whole or not at all."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_png(path, image):
-    """Write a PIL image as PNG, whole or not at all."""
-    with whole(path) as temporary:
-        image.save(temporary, format="PNG")
-
-
-def save_grid(path, rows, columns=()):
-    """Save a picture of captioned rows: {caption: uint8 tensor [N, 3, H, W]}, equal N, H, W;
-    `columns` are captions above the pictures. Small images are shown enlarged."""
-    n, _, height, width = next(iter(rows.values())).shape
-    scale = max(1, 160 // width)
-    step_x, step_y, left, head = width * scale + 4, height * scale + 4, 90, 16 * bool(columns)
-    grid = Image.new("RGB", (left + n * step_x, head + len(rows) * step_y), "white")
-    pen = ImageDraw.Draw(grid)
-    for j, caption in enumerate(columns):
-        pen.text((left + j * step_x + 2, 2), caption, fill="black")
-    for i, (caption, images) in enumerate(rows.items()):
-        pen.text((4, head + i * step_y + step_y // 2 - 6), caption, fill="black")
-        for j, array in enumerate(images.cpu().permute(0, 2, 3, 1).numpy()):
-            picture = Image.fromarray(array)
-            picture = picture.resize((width * scale, height * scale), Image.NEAREST)
-            grid.paste(picture, (left + j * step_x, head + i * step_y + 2))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_png(path, grid)
-
-
 # ---------------------------------------------------------------- reading prepared folders
 
 
@@ -212,7 +60,8 @@ def names(folder):
 
     Raises UserError if there is none, or if the run that makes them has not finished."""
     images = Path(folder) / "images"
-    for record in (images.parents[1] / "refine.json", images.parents[2] / "prepare.json"):
+    above = images.absolute().parents
+    for record in (above[1] / "refine.json", above[2] / "prepare.json"):
         if record.is_file() and not read_record(record).get("finished"):
             raise UserError(f"{record}: that run has not finished; run it again")
     found = sorted(p.stem for p in images.glob("*.png"))
@@ -266,27 +115,28 @@ def load_labels(folder):
 
 
 class Frame(NamedTuple):
-    """One raw frame. `label` is None where there is none."""
+    """One raw frame. `label` is None where there is none; `ids`: which ids its pixels are."""
     name: str
     image: Path
     label: Path | None
+    ids: str
 
 
 def images_below(folder):
     """Every PNG or JPEG below `folder`, sorted; raises UserError if there is none."""
-    folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if not found:
         raise UserError(f"{folder}: no images (*.png, *.jpg, *.jpeg, any case) in or below it")
     return found
 
 
-def find_folder(images, labels=None):
+def find_folder(images, labels=None, ids="labelIds"):
     """Frames of any image folder; the label of a/b.jpg is labels/a/b.png (or none at all)."""
-    frames, skipped, seen, label_of = [], [], {}, {}
-    images, labels = Path(images).expanduser(), labels and Path(labels).expanduser()
+    frames, skipped = [], []
+    seen, label_of = {}, {}
+    images, labels = Path(images), labels and Path(labels)
     if labels:
         if not labels.is_dir():
             raise UserError(f"{labels}: no such folder of labels")
@@ -302,13 +152,13 @@ def find_folder(images, labels=None):
         if labels and not label:
             skipped.append((path, f"no label {labels / relative}.png"))
         else:
-            frames.append(Frame(name, path, label))
+            frames.append(Frame(name, path, label, ids))
     return frames, skipped + [(path, "a label without an image") for path in label_of.values()]
 
 
 def find_gta5(root):
     """GTA-V: images/NNNNN.png with labels/NNNNN.png; without a labels folder, images only."""
-    root = Path(root).expanduser()
+    root = Path(root)
     if not (root / "images").is_dir():
         raise UserError(f"{root}: no images/ folder in it; --gta5 wants images/ and labels/")
     labels = root / "labels" if (root / "labels").is_dir() else None
@@ -317,7 +167,7 @@ def find_gta5(root):
 
 def find_cityscapes(root, split):
     """Cityscapes: leftImg8bit/SPLIT/CITY/*_leftImg8bit.png with gtFine/.../*_labelIds.png."""
-    root = Path(root).expanduser()
+    root = Path(root)
     if not (root / "leftImg8bit" / "train").is_dir():
         raise UserError(f"{root}: no leftImg8bit/train/ in it; --cityscapes wants the folder "
                         "that holds leftImg8bit/ and gtFine/")
@@ -329,61 +179,71 @@ def find_cityscapes(root, split):
         if has_labels and not label.is_file():
             skipped.append((path, f"no label {label}"))
         else:
-            frames.append(Frame(name, path, label if has_labels else None))
+            frames.append(Frame(name, path, label if has_labels else None, "labelIds"))
     return frames, skipped
 
 
-def hold_out(frames, count, rng, flag):
+def hold_out(frames, count, rng, domain):
     """Split frames at random into (rest, `count` test frames), both sorted."""
     if count >= len(frames):
-        raise UserError(f"{flag}: --test {count} leaves none of its {len(frames)} frames to "
-                        "train on; give a smaller --test")
+        raise UserError(f"the {domain} frames: --test {count} leaves none of its {len(frames)} "
+                        "frames to train on; give a smaller --test")
     order = rng.permutation(len(frames))
     return sorted(frames[i] for i in order[count:]), sorted(frames[i] for i in order[:count])
 
 
 def take(frames, count, rng):
     """`count` frames at random (all if count is None), sorted."""
-    return frames if count is None else sorted(frames[i] for i in
-                                               rng.permutation(len(frames))[:count])
+    if count is None:
+        return frames
+    return sorted(frames[i] for i in rng.permutation(len(frames))[:count])
 
 
 def find(domain, args):
-    """Raw frames of a domain: (training frames, official test frames or None, kind of label
-    ids, pairs of which a half is missing)."""
+    """Raw frames of a domain: (training frames, official test frames or None, pairs of which a
+    half is missing)."""
     if domain == "synthetic" and args.gta5:
         frames, bad = find_gta5(args.gta5)
-        return frames, None, "labelIds", bad
+        return frames, None, bad
     if domain == "real" and args.cityscapes:
         train, bad = find_cityscapes(args.cityscapes, "train")
-        if not (Path(args.cityscapes).expanduser() / "leftImg8bit" / "val").is_dir():
-            return train, None, "labelIds", bad
+        if not (Path(args.cityscapes) / "leftImg8bit" / "val").is_dir():
+            return train, None, bad
         test, more = find_cityscapes(args.cityscapes, "val")
-        return train, test, "labelIds", bad + more
+        return train, test, bad + more
     folders = getattr(args, domain)
     if not folders:
         raise UserError(f"nothing for the {domain} domain: give --gta5 and --cityscapes, "
                         "--synthetic and --real, or --demo")
-    frames, bad = find_folder(*folders)
-    return frames, None, args.label_ids, bad
+    frames, bad = find_folder(*folders, ids=args.label_ids)
+    return frames, None, bad
 
 
 def plan(args):
-    """Which raw frame goes where: {(domain, split): frames}, {domain: kind of ids}, skipped."""
-    frames, ids, skipped = {}, {}, []
-    for domain in ("synthetic", "real"):
-        rng = np.random.default_rng([args.seed, len(frames)])     # another one per domain
-        train, test, ids[domain], bad = find(domain, args)
+    """Which raw frame goes where: {(domain, split): frames}, and what is skipped."""
+    frames, skipped = {}, []
+    for domain, stream in (("synthetic", 0), ("real", 2)):
+        rng = np.random.default_rng([args.seed, stream])          # another one per domain
+        train, test, bad = find(domain, args)
         if not train:
             raise UserError(f"the {domain} frames: none has its label; {bad[0][0]}: {bad[0][1]}")
         if test is None:                                  # no official split: hold some out
-            train, test = hold_out(train, args.test, rng, f"the {domain} frames")
+            train, test = hold_out(train, args.test, rng, domain)
         elif len(test) < args.test:
             raise UserError(f"the {domain} frames: --test {args.test}, but val/ has {len(test)}")
         frames[domain, "train"] = take(train, args.limit, rng)
         frames[domain, "test"] = take(test, args.test, rng)
         skipped += bad
-    return frames, ids, skipped
+    return frames, skipped
+
+
+def plan_demo(args):
+    """What `plan` returns for the toy town: frame i of a split is drawn from its number."""
+    frames = {}
+    for domain in ("synthetic", "real"):
+        for split, count in (("train", args.limit or 600), ("test", args.test)):
+            frames[domain, split] = [Frame(f"{i:05d}", None, None, None) for i in range(count)]
+    return frames, []
 
 
 # ------------------------------------------------------------------------- making one frame
@@ -416,9 +276,10 @@ def read_label(path, ids):
 
 def crop_and_resize(image, crop, size, resample):
     """Cut (top, left, height, width) out of a PIL image and resize it to (height, width)."""
-    top, left, height, width = crop or (0, 0, image.height, image.width)
-    box = image.crop((left, top, left + width, top + height))
-    return box.resize((size[1], size[0]), resample)
+    if crop:
+        (top, left), (height, width) = crop[:2], crop[2:]
+        image = image.crop((left, top, left + width, top + height))
+    return image.resize((size[1], size[0]), resample)
 
 
 def save_pair(folder, name, image, label):
@@ -433,12 +294,13 @@ def save_pair(folder, name, image, label):
     return counts
 
 
-def make_frame(job, crop, size, out):
+def make_frame(job, args):
     """Prepare one raw frame: (pixels per class, None), or (None, why it was skipped)."""
-    (domain, split), frame, ids = job
+    (domain, split), frame = job
+    crop = args.crop
     try:
         image = read_rgb(frame.image)
-        label = read_label(frame.label, ids) if frame.label else None
+        label = read_label(frame.label, frame.ids) if frame.label else None
         if label and label.size != image.size:
             raise ValueError("image is {}x{}, label is {}x{}".format(*image.size, *label.size))
         if crop and (crop[0] + crop[2] > image.height or crop[1] + crop[3] > image.width):
@@ -447,18 +309,17 @@ def make_frame(job, crop, size, out):
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return None, str(error)
     # Antialias the image (BILINEAR of PIL does), or the stride shows as a style of its own.
-    image = crop_and_resize(image, crop, size, Image.BILINEAR)
-    label = label and crop_and_resize(label, crop, size, Image.NEAREST)
-    return save_pair(out / domain / split, frame.name, image, label), None
+    image = crop_and_resize(image, crop, args.size, Image.BILINEAR)
+    label = label and crop_and_resize(label, crop, args.size, Image.NEAREST)
+    return save_pair(args.out / domain / split, frame.name, image, label), None
 
 
-def make_toy(job, crop, size, out):
-    """Draw one toy scene, a pure function of domain, name and seed; see toytown.py."""
-    from toytown import draw
-    (domain, split), frame, seed = job
-    image, label = draw(domain, (seed, split == "test", int(frame.name)), size)
-    return save_pair(out / domain / split, frame.name, Image.fromarray(image),
-                     Image.fromarray(label)), None
+def make_toy(job, args):
+    """Draw one toy scene, a pure function of domain, name and seed; see support/toytown.py."""
+    (domain, split), frame = job
+    number = (args.seed, split == "test", int(frame.name))
+    image, label = map(Image.fromarray, toytown.draw(domain, number, args.size))
+    return save_pair(args.out / domain / split, frame.name, image, label), None
 
 
 # ------------------------------------------------------------------------------------ main
@@ -470,33 +331,35 @@ def check_settings(path, settings):
         if (path.parent / domain).exists() and not path.is_file():
             raise UserError(f"{path.parent / domain}: is there, but was not made by prepare.py "
                             "(no prepare.json beside it); choose another --out")
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() \
-            else settings
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not written by prepare.py, or damaged; delete it") from None
+    old = read_record(path).get("settings", {}) if path.is_file() else settings
     changed = [k for k in settings if old.get(k) != settings[k]]
     if changed and any(path.parent.glob("*/*/images/*.png")):
         raise UserError(f"{path.parent} was prepared with {changed[0]} = {old.get(changed[0])}, "
                         f"not {settings[changed[0]]}; choose another --out or delete it")
 
 
-def report(counts, totals):
-    """The closing table: frames per domain and split, share of pixels per class."""
-    lines = [f"{'frames':15s}" + "".join(f"{d + '/' + s:>18s}" for d, s in counts)]
-    lines.append(f"{'':15s}" + "".join(f"{n:18d}" for n in counts.values()))
+def summarise(made, totals, skipped, out):
+    """Print frames per domain and split, the share of pixels per class, and what was skipped."""
+    print(f"{'frames':15s}" + "".join(f"{'/'.join(key):>18s}" for key in made))
+    print(" " * 15 + "".join(f"{len(some):18d}" for some in made.values()))
     for i, name in enumerate(CLASSES + ["(void)"]):
-        shares = [100 * t[i] / max(t.sum(), 1) for t in totals.values()]
-        lines.append(f"{name:15s}" + "".join(f"{share:17.2f}%" for share in shares))
-    return "\n".join(lines)
+        shares = [100 * total[i] / max(total.sum(), 1) for total in totals.values()]
+        print(f"{name:15s}" + "".join(f"{share:17.2f}%" for share in shares))
+    for path, why in skipped[:5]:
+        print(f"skipped {path}: {why}")
+    print(f"{len(skipped)} frames skipped (all listed in {out / 'prepare.json'})")
+    if any(not total.sum() for total in totals.values()):
+        print("a domain has no labels: it can be refined and evaluated, but not segmented")
+    print(f"done: {out}/")
 
 
 def arguments():
     p = parser(__doc__)
-    p.add_argument("--gta5", metavar="DIR", help="folder with images/ and labels/")
-    p.add_argument("--cityscapes", metavar="DIR", help="folder with leftImg8bit/ and gtFine/")
-    p.add_argument("--synthetic", nargs="+", metavar="DIR", help="IMAGES [LABELS] of any source")
-    p.add_argument("--real", nargs="+", metavar="DIR", help="IMAGES [LABELS] of any source")
+    folder = {"type": os.path.expanduser, "metavar": "DIR"}
+    p.add_argument("--gta5", **folder, help="folder with images/ and labels/")
+    p.add_argument("--cityscapes", **folder, help="folder with leftImg8bit/ and gtFine/")
+    p.add_argument("--synthetic", nargs="+", **folder, help="IMAGES [LABELS] of any source")
+    p.add_argument("--real", nargs="+", **folder, help="IMAGES [LABELS] of any source")
     p.add_argument("--demo", action="store_true", help="draw a toy town instead")
     p.add_argument("--out", type=Path, default=Path("data"), help="where the data goes")
     p.add_argument("--size", type=positive(int), nargs=2, default=[80, 160],
@@ -511,6 +374,12 @@ def arguments():
     p.add_argument("--workers", type=positive(int), default=os.cpu_count(), help="processes")
     p.add_argument("--strict", action="store_true", help="stop at the first bad frame")
     args = p.parse_args()
+    check_flags(p, args)
+    return args
+
+
+def check_flags(p, args):
+    """Refuse flags that do not fit each other; make --crop numbers."""
     if args.crop == ["none"]:
         args.crop = None
     elif len(args.crop) == 4 and all(n.isdecimal() for n in args.crop) \
@@ -518,10 +387,8 @@ def arguments():
         args.crop = [int(n) for n in args.crop]
     else:
         p.error("--crop wants four numbers (TOP LEFT HEIGHT WIDTH) or none")
-    if min(args.size) < 24:
-        p.error(f"--size {args.size[0]} {args.size[1]}: 24 x 24 is the least the networks take")
-    if max(args.size) > 4096:
-        p.error(f"--size {args.size[0]} {args.size[1]}: 4096 is the most, twice a full frame")
+    if min(args.size) < 24 or max(args.size) > 4096:
+        p.error(f"--size {args.size[0]} {args.size[1]}: from 24 x 24 to 4096 x 4096")
     if args.demo and (args.gta5 or args.cityscapes or args.synthetic or args.real):
         p.error("--demo draws its own data: leave the folders away")
     if args.gta5 and args.synthetic or args.cityscapes and args.real:
@@ -529,89 +396,73 @@ def arguments():
     for flag in ("synthetic", "real"):
         if len(getattr(args, flag) or [1]) > 2:
             p.error(f"--{flag} wants one or two folders: IMAGES [LABELS]")
-    return args
 
 
-def end_with_parent():
-    """In a worker: end when the main process has, since a SIGKILL of it tells nobody."""
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
+def make_all(make, frames, args, skipped):
+    """Make every frame; appends to `skipped`. Returns, for every (domain, split), the set of names
+    that were made and the pixels per class, int [20]."""
+    made, totals, jobs = {}, {}, []
+    for key, some in frames.items():
+        made[key], totals[key] = set(), np.zeros(20, np.int64)
+        jobs += [(key, frame) for frame in some]
+    results = in_parallel(partial(make, args=args), jobs, args.workers)
+    for (key, frame), (pixels, why) in zip(jobs, results):
+        if why and args.strict:
+            raise UserError(f"{frame.image}: {why} (--strict)")
+        if why:
+            skipped.append((frame.image, why))
+        else:
+            made[key].add(frame.name)
+            totals[key] += pixels
+    for key, names_made in made.items():
+        if not names_made:
+            raise UserError(f"{'/'.join(key)}: all of its frames were skipped, the last because: "
+                            f"{skipped[-1][0]}: {skipped[-1][1]}")
+    return made, totals
 
 
-def run_jobs(make, jobs, args, skipped):
-    """Make every frame, in parallel; appends to `skipped`. Returns pixels per class, int [20]
-    for every (domain, split), and the set of ((domain, split), name) that were made."""
-    totals = {key: np.zeros(20, np.int64) for key, _, _ in jobs}
-    made = set()
-    try:
-        with ProcessPoolExecutor(args.workers, initializer=end_with_parent) as pool:
-            results = pool.map(make, jobs, chunksize=8)
-            for (key, frame, _), (pixels, why) in progress(zip(jobs, results), total=len(jobs),
-                                                           unit="image"):
-                if why and args.strict:
-                    pool.shutdown(cancel_futures=True)
-                    raise UserError(f"{frame.image}: {why} (--strict)")
-                if why:
-                    skipped.append((frame.image, why))
-                else:
-                    totals[key] += pixels
-                    made.add((key, frame.name))
-    except BrokenProcessPool:
-        raise UserError(f"--workers {args.workers}: one of them was killed, most likely for want "
-                        "of memory; use fewer, or a smaller --size") from None
-    return totals, made
+def remove_others(out, made):
+    """Delete what an earlier run left on other frames, or a killed one as .png.tmp."""
+    for (domain, split), names_made in made.items():
+        for path in (out / domain / split).glob("*/*.png*"):
+            if path.suffix != ".png" or path.stem not in names_made:
+                path.unlink()
 
 
 def main():
     args = arguments()
-    if args.demo:
-        counts = {"train": args.limit or 600, "test": args.test}
-        frames = {(d, s): [Frame(f"{i:05d}", None, None) for i in range(counts[s])]
-                  for d in ("synthetic", "real") for s in ("train", "test")}
-        ids, skipped, make = dict.fromkeys(("synthetic", "real"), args.seed), [], make_toy
-    else:
-        (frames, ids, skipped), make = plan(args), make_frame
+
+    # 1. Which raw frame goes where.
+    frames, skipped = plan_demo(args) if args.demo else plan(args)
     if args.strict and skipped:
         raise UserError(f"{skipped[0][0]}: {skipped[0][1]} (--strict)")
-    print(f"prepare.py: {sum(map(len, frames.values()))} frames -> {args.out}/, "
-          f"{args.size[0]} x {args.size[1]}, crop {args.crop or 'none'}, seed {args.seed}, "
-          f"{args.workers} processes")
+    count = sum(map(len, frames.values()))
+    print(f"prepare.py: {count} frames -> {args.out}/, {args.size[0]} x {args.size[1]}, "
+          f"crop {args.crop or 'none'}, seed {args.seed}, {args.workers} processes")
 
+    # 2. A folder for them, which says that it is not finished.
     settings = {k: str(v) for k, v in vars(args).items() if k not in ("workers", "strict", "out")}
     lock(args.out)
     check_settings(args.out / "prepare.json", settings)
     record = {"settings": settings, "finished": False}
-    write_text(args.out / "prepare.json", json.dumps(record, indent=1))
+    write_json(args.out / "prepare.json", record)
     for domain, split in frames:
         for kind in ("images", "labels"):
             (args.out / domain / split / kind).mkdir(parents=True, exist_ok=True)
 
-    jobs = [(key, frame, ids[key[0]]) for key, some in frames.items() for frame in some]
-    make = partial(make, crop=args.crop, size=args.size, out=args.out)
-    totals, made = run_jobs(make, jobs, args, skipped)
-    done = Counter(key for key, _ in made)
-    for key, some in frames.items():
-        if not done[key]:
-            raise UserError(f"{'/'.join(key)}: all {len(some)} frames were skipped, the last "
-                            f"because: {skipped[-1][0]}: {skipped[-1][1]}")
-        for path in (args.out / key[0] / key[1]).glob("*/*.png*"):
-            if (key, path.stem) not in made:          # left by an earlier run on other frames,
-                path.unlink()                         # or a .png.tmp by one that was killed
+    # 3. Crop, resize and relabel every frame.
+    make = make_toy if args.demo else make_frame
+    made, totals = make_all(make, frames, args, skipped)
+    remove_others(args.out, made)
 
-    done = {key: done[key] for key in frames}
-    print(report(done, totals))
-    record.update(finished=True, counts={"/".join(k): n for k, n in done.items()},
-                  held_out={d: [f.name for f in frames[d, "test"]] for d in ids},
-                  skipped=[f"{path}: {why}" for path, why in skipped])
-    write_text(args.out / "prepare.json", json.dumps(record, indent=1))
-    for path, why in skipped[:5]:
-        print(f"skipped {path}: {why}")
-    print(f"{len(skipped)} frames skipped (all listed in {args.out / 'prepare.json'})")
-    if any(not t.sum() for t in totals.values()):
-        print("a domain has no labels: it can be refined and evaluated, but not segmented")
-    print(f"done: {args.out}/")
+    # 4. What came of it.
+    held_out = {}
+    for domain in ("synthetic", "real"):
+        held_out[domain] = [frame.name for frame in frames[domain, "test"]]
+    record.update(finished=True, counts={"/".join(key): len(n) for key, n in made.items()},
+                  held_out=held_out, skipped=[f"{path}: {why}" for path, why in skipped])
+    write_json(args.out / "prepare.json", record)
+    summarise(made, totals, skipped, args.out)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Writes  the table; with --json PATH also as PATH, with hardware, versions and ev
     python -m study.bench --only gan metrics     some sections
     python -m study.bench --size 40 80 --batch-size 8 --json results/bench.json
 """
+import copy
 import json
 import os
 import platform
@@ -35,11 +36,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pretrain
 import train_gan
-from models import (DeepLabV3Plus, Discriminator, Refiner, UNet, announce, fid, has_bfloat16,
-                    inception_features, learning_layout, load_inception, make_optimizer,
-                    patch_loss, pick_device, provenance, speed_up, ssim, to_float, to_uint8)
-from prepare import parser, positive, start, write_text
-from study.report import markdown_table
+from models import (REAL, REFINED, DeepLabV3Plus, Discriminator, Refiner, UNet, fid,
+                    inception_features, load_inception, patch_loss, ssim)
+from support.cli import (announce, markdown_table, parser, positive, provenance, start,
+                         write_text)
+from support.training import (autocast, has_bfloat16, learning_layout, make_optimizer,
+                              pick_device, place, to_float, to_uint8)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -134,13 +136,13 @@ def plain_step(R, D, optimizers, batches, history):
     x1, x2, x3, y = batches
     for x in (x1, x2):
         refined = R(x)
-        loss = 50 * patch_loss(D(refined), 0) + 78.6 * (refined - x).abs().mean()
+        loss = 50 * patch_loss(D(refined), REAL) + 78.6 * (refined - x).abs().mean()
         optimizers[0].zero_grad()
         loss.backward()
         optimizers[0].step()
     refined = R(x3)
     old = torch.stack([history[i] for i in torch.randint(len(history), (len(x3),)).tolist()])
-    loss = patch_loss(D(torch.cat([refined, old])), 1) + patch_loss(D(y), 0)
+    loss = patch_loss(D(torch.cat([refined, old])), REFINED) + patch_loss(D(y), REAL)
     optimizers[1].zero_grad()
     loss.backward()
     optimizers[1].step()
@@ -160,23 +162,26 @@ def images(n, size, device="cpu"):
 def gan_step(size, n, device, precision="float32", compile=False, layout=None):
     """One step of train_gan.py (two updates of R, one of D) as a function without arguments."""
     torch.manual_seed(0)
+    pick_device(device.type, precision)
     layout = layout or learning_layout(device)
-    R, D = (speed_up(net, device, precision, compile, layout)
-            for net in (Refiner(), Discriminator()))
+    R = Refiner().to(device, memory_format=layout)
+    D = Discriminator().to(device, memory_format=layout)
+    if compile:
+        R.compile(), D.compile()
     optimizer_R = make_optimizer("sgd", R.parameters(), 1e-4)
     optimizer_D = make_optimizer("momentum", D.parameters(), 1e-3)
     data = images(n, size, device)
-    history = train_gan.History(2 * n, torch.Generator().manual_seed(0))
+    history = train_gan.History(2 * n, torch.Generator().manual_seed(0), device)
     history.add(data)
-    average = {name: weight.clone() for name, weight in R.state_dict().items()}
+    average, n_old = copy.deepcopy(R), n // 2
 
     def step():
-        for _ in range(2):
-            train_gan.update_R(R, D, optimizer_R, to_float(data), 50, 4e-6, 512)
-        n_old = n // 2
-        train_gan.update_D(R, D, optimizer_D, to_float(data[n_old:]), to_float(data), history,
-                           n_old)
-        train_gan.take_average(average, R, 200)
+        with autocast(device, precision):
+            for _ in range(2):
+                train_gan.update_R(R, D, optimizer_R, to_float(data), 50, 4e-6, 512)
+            train_gan.update_D(R, D, optimizer_D, to_float(data[n_old:]), to_float(data),
+                               history, n_old)
+        train_gan.update_average(average, R, 200)
     return step
 
 
@@ -206,7 +211,7 @@ def segment_step(net, size, n, device):
     """One training step of a segmentation network as a function without arguments."""
     x = images(n, size, device)
     y = (x[:, 0] % 19).long()
-    net = speed_up(net, device).train()
+    net = place(net, device).train()
     adam = make_optimizer("adam", net.parameters(), 1e-3)
 
     def step():
@@ -287,7 +292,7 @@ def bench_gan(table, args):
 def bench_networks(table, args):
     """Pre-training, refining, Inception, and the segmentation networks."""
     size, n, device = args.size, max(args.batch_size, 2), table.device
-    R = speed_up(Refiner(), device, layout=learning_layout(device))
+    R = place(Refiner(), device, learning=True)
     x = images(n, size, device)
     psi = load_inception("random", "Conv2d_4a_3x3", x.cpu()).to(device)
     adam = make_optimizer("adam", R.parameters(), 1e-4)
@@ -305,7 +310,7 @@ def bench_networks(table, args):
 def bench_inference(table, args):
     """What refine.py and evaluate.py run."""
     device, x = table.device, images(16, args.size, table.device)
-    R, plain = speed_up(Refiner(), device), plain_refiner().to(device)
+    R, plain = place(Refiner(), device), plain_refiner().to(device)
 
     def refine():
         return to_uint8(R(to_float(x)))

@@ -12,17 +12,17 @@ Writes  the same names and labels, other images, into --out, and refine.json as 
     python -m study.filters blur --source real --out data/blurred
     python -m study.filters detail --source ours --out data/detail
 """
-import json
 import shutil
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.functional import gaussian_blur
 
-from models import to_float, to_uint8
-from prepare import (UserError, load_images, lock, names, parser, positive, progress, start,
-                     write_png, write_text)
+from prepare import load_images, names
+from support.cli import (UserError, lock, parser, positive, progress, start, write_json,
+                         write_png)
+from support.training import to_float, to_uint8
 
 MADE_BY = "study.filters"                # in refine.json: a filter replaces only its own output
 
@@ -51,7 +51,6 @@ def colour(source, real):
 
 def blur(sigma):
     """The function that blurs float [N, 3, H, W] by a Gaussian of `sigma` pixels."""
-    from torchvision.transforms.functional import gaussian_blur     # 1.5 s: only where needed
     size = 2 * round(3 * sigma + 0.5) + 1
     return lambda x: gaussian_blur(x, size, sigma)
 
@@ -128,9 +127,9 @@ def main():
     record = {"checkpoint": f"{MADE_BY} {args.filter}", "step": 0, "source": str(source),
               "finished": False}
     lock(args.out)
-    write_text(record_path, json.dumps(record, indent=1))
+    write_json(record_path, record)
     count = sum([filter_split(function, source / split, args.out / split) for split in splits])
-    write_text(record_path, json.dumps({**record, "finished": True}, indent=1))
+    write_json(record_path, {**record, "finished": True})
     print(f"done: {count} images and their labels in {args.out}/")
 
 

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from evaluate import PAPER as PAPER_TABLE2
-from prepare import CLASSES, UserError, parser, start, whole, write_text
-from segment import PAPER, TITLE, scores
+from prepare import CLASSES
+from segment import NETWORKS, PAPER, scores
+from support.cli import UserError, markdown_table, parser, start, write_text
+from support.figures import save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = {"mIoU": 3, "accuracy": 1, "fid": 1, "kid": 1, "ssim": 3, "ssim_range1": 4}
@@ -35,12 +38,6 @@ NOTE = ("± is the standard deviation over the seeds, [ ] a 95 % interval of the
 CHANCE = ("± is what chance explains (95 %), from the spread of all rows together; bold is more. "
           "Of twenty such numbers chance makes about one bold.")
 NO_CHANGES = ["synthetic", "real", "colour", "pretrained", "ours"]     # all others change ours
-
-
-def markdown_table(head, rows):
-    """A Markdown table of a list of headings and lists of cells."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 # ----------------------------------------------------------------- numbers over the seeds
@@ -151,11 +148,11 @@ def claim_rows(record, network, by_seed):
         found = difference(by_seed, one, other, "mIoU")
         if found:
             accuracy = with_interval(difference(by_seed, one, other, "accuracy"), 1, "+")
-            rows.append([f"{TITLE[network]}: {text}", verdict(found),
+            rows.append([f"{NETWORKS[network]}: {text}", verdict(found),
                          f"mIoU {with_interval(found, 3, '+')}; accuracy, %: {accuracy}"])
     gap = gap_closed(by_seed, "ours", "mIoU")
     if gap:
-        rows.append([f"{TITLE[network]}: ours closes 40 % of the gap to real images (an aim of "
+        rows.append([f"{NETWORKS[network]}: ours closes 40 % of the gap to real images (an aim of "
                      "this repository)", verdict(gap, 40), f"{with_interval(gap, 0)} % of mIoU"])
     return rows
 
@@ -313,7 +310,7 @@ def epochs_table(record, network):
                  for n in epochs]
         if len(cells) - cells.count("-") > 1:
             rows.append([row, *cells])
-    head = [f"mIoU on real of {TITLE[network]}, trained on", *[f"{n} epochs" for n in epochs]]
+    head = [f"mIoU on real of {NETWORKS[network]}, trained on", *[f"{n} epochs" for n in epochs]]
     return markdown_table(head, rows) if rows else ""
 
 
@@ -390,7 +387,7 @@ def changes_table(record):
 
 def network_text(record, network, by_seed):
     """The part of the report about one segmentation network."""
-    title = f"## {TITLE[network]}, {record['epochs'][network]} epochs, seed {', '.join(by_seed)}"
+    title = f"## {NETWORKS[network]}, {record['epochs'][network]} epochs, seed {', '.join(by_seed)}"
     return [title, real_table(record, by_seed), pairs_table(by_seed),
             matrix_table(record, network, by_seed, "mIoU"),
             matrix_table(record, network, by_seed, "accuracy"),
@@ -407,7 +404,7 @@ def text_of(record):
     changed = changes_table(record)
     if changed:
         title = "## What was changed: {}, {} epochs".format(
-            TITLE[record["changes"]["network"]], record["changes"]["epochs"])
+            NETWORKS[record["changes"]["network"]], record["changes"]["epochs"])
         parts += [title, CHANCE, changed]
     for table in record.get("further", []):
         parts += [f"## {table['title']}", markdown_table(table["head"], table["rows"])]
@@ -417,17 +414,15 @@ def text_of(record):
 def networks_of(record):
     """{network: `tested_by_seed`} of the networks that have been trained, at their main length."""
     found = {network: tested_by_seed(record, network, record["epochs"].get(network))
-             for network in TITLE}
+             for network in NETWORKS}
     return {network: by_seed for network, by_seed in found.items() if by_seed}
 
 
 def draw(record, path):
     """mIoU on real by training images, a bar and its seeds; and over the epochs."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     by_network = networks_of(record)
-    figure, axes = plt.subplots(1, len(by_network) + 1, figsize=(5 * len(by_network) + 5, 3.6))
+    figure = Figure(figsize=(5 * len(by_network) + 5, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(by_network) + 1)
     for axis, (network, by_seed) in zip(axes, by_network.items()):
         names = rows_in(record, by_seed)
         for i, row in enumerate(names):
@@ -435,14 +430,11 @@ def draw(record, path):
             axis.barh(i, np.mean(values), color="0.7" if row in ("synthetic", "real") else "C0")
             axis.plot(values, [i] * len(values), "k.")
         axis.set(yticks=range(len(names)), yticklabels=names, xlabel="mIoU on real",
-                 title=f"{TITLE[network]}, {record['epochs'][network]} epochs")
+                 title=f"{NETWORKS[network]}, {record['epochs'][network]} epochs")
         axis.invert_yaxis()
         axis.locator_params(axis="x", nbins=5)
     draw_epochs(axes[-1], record)
-    figure.tight_layout()
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=80)
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 def draw_epochs(axis, record):

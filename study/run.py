@@ -25,7 +25,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from prepare import UserError, lock, natural, parser, positive, start, write_text
+from support.cli import UserError, lock, natural, parser, positive, start, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN = ["synthetic", "real"]                                # made by prepare.py for all seeds

@@ -10,9 +10,11 @@ from conftest import call
 from PIL import Image
 
 import evaluate
-from evaluate import by_size, cell, difference, score, tables, weights_of, with_error
+from evaluate import (difference, interval, measure, plus_minus, tables, weights_of,
+                      with_error)
 from models import fid, kid, ssim
-from prepare import UserError, load_images
+
+from support.cli import UserError
 
 CPU = torch.device("cpu")
 
@@ -32,13 +34,13 @@ REAL, REAL_FEATURES = scenes(seed=9)
 
 
 def scored(noise=0.0, seed=0):
-    return score(*scenes(noise=noise, seed=seed), REAL, REAL_FEATURES, CPU)
+    return measure(*scenes(noise=noise, seed=seed), REAL, REAL_FEATURES, CPU)
 
 
 def test_scores_are_the_metrics_and_ssim_has_the_classical_error():
     """The mean over pairs and its s / sqrt(N), at both ranges; FID and KID of the features."""
     images, features = scenes()
-    row = {m: with_error(*s) for m, s in score(images, features, REAL, REAL_FEATURES,
+    row = {m: with_error(*s) for m, s in measure(images, features, REAL, REAL_FEATURES,
                                                CPU).items()}
     for name, max_val in (("ssim", 255), ("ssim_range1", 1)):
         values = ssim(images.float(), REAL.float(), max_val).double()
@@ -85,35 +87,22 @@ def test_differences_are_paired():
 def test_a_difference_inside_its_error_is_marked():
     """Of equal distributions (other scenes): not sure. Of far ones: sure. And so in the cell."""
     images, features = scenes()
-    far = difference(score(images, features + 2, REAL, REAL_FEATURES, CPU), scored())
+    far = difference(measure(images, features + 2, REAL, REAL_FEATURES, CPU), scored())
     near = difference(scored(seed=1), scored(seed=2))
     assert far["fid"]["sure"] and far["kid"]["sure"] and far["fid"]["value"] > 0
     assert not near["fid"]["sure"] and not near["kid"]["sure"]
-    assert "inside its error" in cell(near["fid"], sign="+")
-    assert "inside its error" not in cell(far["fid"], sign="+")
+    assert "inside its error" in plus_minus(near["fid"], sign="+")
+    assert "inside its error" not in plus_minus(far["fid"], sign="+")
     same = difference(scored(), scored())["fid"]
     assert same["value"] == 0 and not same["sure"]
 
 
 def test_a_cell_shows_value_and_error():
     s = {"value": -0.01234, "se": 0.0004, "low": -0.0131, "high": -0.0115}
-    assert cell(s, 1000, 1) == "-12.3 ± 0.4"
-    assert cell(s, 1000, 1, interval=True) == "-12.3 [-13.1, -11.5]"
-    assert cell({**s, "value": 0.5, "sure": False}, sign="+") == "(+0.50 ± 0.00) inside its error"
-    assert cell(None) == "-"
-
-
-def test_by_size_shows_the_bias_of_fid_and_not_of_kid():
-    """Two samples of one distribution, 200 numbers wide: FID falls with N, KID stays at 0."""
-    g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 80, 200, generator=g).double()
-    sizes = by_size(a, b)
-    assert list(sizes) == [20, 40, 80]
-    assert sizes[80] == {"fid": fid(a, b), "kid": pytest.approx(kid(a, b))}
-    assert sizes[40]["fid"] == pytest.approx((fid(a[:40], b[:40]) + fid(a[40:], b[40:])) / 2)
-    assert sizes[20]["fid"] > 1.1 * sizes[40]["fid"] > 1.2 * sizes[80]["fid"] > 10
-    assert all(abs(s["kid"]) < 0.5 for s in sizes.values())
-    assert list(by_size(a[:3], b[:3])) == [3]                     # a part needs two images
+    assert plus_minus(s, 1000, 1) == "-12.3 ± 0.4"
+    assert interval({**s, "value": 12.34, "low": 11, "high": 13}) == "12.34 [11.00, 13.00]"
+    assert plus_minus({**s, "value": 0.5, "sure": False}, sign="+") == "(+0.50 ± 0.00) inside its error"
+    assert plus_minus(None) == interval(None) == "-"
 
 
 # ------------------------------------------------------------------ the command and its files
@@ -146,7 +135,7 @@ def printed(folder):
 
 
 def test_the_report_shows_everything(printed, folder):
-    """N, intervals, the floor, the control, paired differences, marks, sizes, the warning."""
+    """N, intervals, the floor, the control, paired differences, marks, the warning."""
     out, record = printed
     rows = ["synthetic", "simgan", "ours", evaluate.FLOOR, evaluate.CONTROL]
     assert list(record["rows"]) == rows
@@ -156,7 +145,6 @@ def test_the_report_shows_everything(printed, folder):
     assert list(record["rows"][evaluate.CONTROL]["scores"]) == ["ssim", "ssim_range1"]
     assert list(record["differences"]) == [f"{r} - synthetic" for r in rows[1:]] + [
         "ours - simgan"]
-    assert {s for d in record["by_size"].values() for s in d} == {"2", "4"}
     text = (folder / "results/table2.md").read_text()
     assert text in out and text == tables(record)
     assert "warning: N = 4 is small for FID" in out
@@ -184,30 +172,6 @@ def test_the_weights_name_and_hash():
     assert weights_of(net, "some/file.pt") == ("FID (file.pt)",
                                                hashlib.sha256(content).hexdigest())
     assert "not an FID" in weights_of(net, "random")[0]
-
-
-def test_the_look_of_a_class():
-    """Two flat classes, one pixel off by 40 in the second; the edge between them is detail too."""
-    images = torch.full((1, 3, 5, 8), 100, dtype=torch.uint8)
-    images[:, 0, :, 4:], images[:, :, 2, 6] = 130, 150           # brightness 110 there, and 150
-    labels = torch.zeros(1, 5, 8, dtype=torch.uint8)
-    labels[..., 4:], labels[:, 0, 0] = 10, 255                   # sky; one void pixel
-    look = evaluate.by_class(images, labels)
-    assert list(look) == ["road", "sky"]
-    assert look["road"] == pytest.approx([100, 100, 100, 5 * 10 / 4 / 19])
-    # the pixel itself 40, its four neighbours 10 each, five at the edge to road 10 / 4 each
-    assert look["sky"] == pytest.approx([131, 102.5, 102.5, (40 + 4 * 10 + 5 * 2.5) / 20])
-
-
-def test_classes_are_shown_where_there_are_labels(project):
-    """Shares of real add up to 100; without labels the table is left out."""
-    data = project / "data"
-    classes = evaluate.looks({"synthetic": load_images(data / "synthetic/test")}, data)
-    assert sum(classes["share"].values()) == pytest.approx(100)
-    assert list(classes["look"]) == ["synthetic", "real"]
-    text = "\n".join(evaluate.class_tables(classes))
-    assert "| class (share of real) | synthetic | real |" in text and "road (" in text
-    assert evaluate.looks({"ours": None}, data) is None and evaluate.class_tables(None) == []
 
 
 def test_images_under_the_window_of_ssim_are_refused(tmp_path, monkeypatch):

@@ -11,8 +11,10 @@ from conftest import ROOT, call, start
 from PIL import Image
 
 import prepare
-from models import load_checkpoint
-from prepare import UserError, load_images, lock, read_record, whole
+from prepare import load_images, read_record
+from support import cli
+from support.cli import UserError, lock, whole
+from support.training import load_checkpoint
 
 GAN = ["--batch-size", 4, "--sample-every", 2, "--save-every", 2]
 
@@ -81,7 +83,7 @@ def test_a_read_only_folder_is_one_line_before_the_work(fresh):
 
 # ------------------------------------------------------------------------- a second process
 
-HOLD = "import sys, time; sys.path.insert(0, {!r}); from prepare import lock; " \
+HOLD = "import sys, time; sys.path.insert(0, {!r}); from support.cli import lock; " \
        "lock(sys.argv[1]); print('held', flush=True); time.sleep(60)"
 
 
@@ -96,8 +98,6 @@ def test_a_lock_ends_with_its_process(tmp_path):
     holder.kill()
     holder.wait()
     lock(tmp_path)
-    lock(tmp_path / "nothing", make=False)
-    assert not (tmp_path / "nothing").exists()
 
 
 def test_two_trainings_in_one_run_folder(fresh):
@@ -112,6 +112,18 @@ def test_two_trainings_in_one_run_folder(fresh):
     first.wait()
 
 
+@pytest.mark.parametrize("folder, command", [
+    ("runs/ours", ["pretrain.py", "--method", "simgan", "--run", "runs/ours", "--overwrite"]),
+    ("runs/ours", ["train_gan.py"]), ("data", ["prepare.py", "--demo"]),
+    ("data/new", ["refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "data/new"])])
+def test_every_stage_that_writes_keeps_out_of_a_locked_folder(fresh, folder, command):
+    lock(fresh / folder)
+    before = sorted(fresh.rglob("*"))
+    _, err = call(*command, cwd=fresh, status=2)
+    one_line(err, folder, "another process")
+    assert sorted(fresh.rglob("*")) == before
+
+
 # ------------------------------------------------------------------------ memory and damage
 
 
@@ -122,7 +134,7 @@ def test_want_of_memory_names_the_flags(error, capsys):
     def main():
         raise error
     with pytest.raises(SystemExit) as stop:
-        prepare.start(main)
+        cli.start(main)
     assert stop.value.code == 2
     one_line(capsys.readouterr().err, "--batch-size", "--size")
 
@@ -132,7 +144,7 @@ def test_a_mistake_of_ours_keeps_its_traceback():
     def main():
         return 1 / 0
     with pytest.raises(ZeroDivisionError):
-        prepare.start(main)
+        cli.start(main)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\xff"])
@@ -154,8 +166,8 @@ def test_a_decompression_bomb_in_a_data_folder(tmp_path, monkeypatch):
 def test_a_worker_that_is_killed(raw, tmp_path, monkeypatch):
     """As the kernel does when memory runs out: one line that names --workers."""
     def broken(*_, **__):
-        raise prepare.BrokenProcessPool("abruptly")
-    monkeypatch.setattr(prepare.ProcessPoolExecutor, "map", broken)
+        raise cli.BrokenProcessPool("abruptly")
+    monkeypatch.setattr(cli.ProcessPoolExecutor, "map", broken)
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--gta5", str(raw / "gtav"), "--cityscapes",
                                       str(raw / "cityscapes"), "--crop", "none", "--size", "24",
                                       "48", "--test", "3", "--out", str(tmp_path / "d")])

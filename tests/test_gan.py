@@ -1,11 +1,13 @@
 """What train_gan.py leaves behind, refuses and says; what it computes: test_algorithm.py."""
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import call
 
 import train_gan
+from models import Refiner
 
 GAN = ["--batch-size", 4, "--sample-every", 3, "--save-every", 3]
 
@@ -24,6 +26,20 @@ def test_pictures_and_what_refine_takes(trained):
     assert "average.pt (step 3)" in out
 
 
+def test_the_fixed_pairs_are_as_many_as_the_smaller_test_set(fresh):
+    next((fresh / "data/real/test/images").iterdir()).unlink()
+    _, _, (x, y) = train_gan.load_data(fresh / "data")
+    assert len(x) == len(y) == 2
+
+
+def test_there_is_no_gan_pt_without_a_best_step(tmp_path):
+    """And what another run has left goes, or refine.py would take it."""
+    (tmp_path / "gan.pt").touch()
+    R, training = Refiner(8, 1), SimpleNamespace(settings={}, step=1)
+    train_gan.save_refiners(R, R, train_gan.BestStep(), training, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["average.pt"]
+
+
 @pytest.mark.parametrize("steps, average", [(1, 1), (120, 24), (1000, 200), (5000, 200)])
 def test_a_short_run_is_averaged_over_less(steps, average, monkeypatch):
     """Not over its first steps, in which R leaps."""
@@ -40,6 +56,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(trained):
     _, err = call("train_gan.py", "--steps", 3, *GAN, "--alpha", 1, "--resume", cwd=trained,
                   status=2)
     assert "alpha" in err and "50" in err
+    call("train_gan.py", "--steps", 3, *GAN, "--alpha", 50, "--resume", cwd=trained)   # 50.0 is 50
     assert (trained / "runs/ours/last.pt").read_bytes() == before
 
 
@@ -52,8 +69,8 @@ def test_watch_names_a_dead_and_a_winning_discriminator(capsys):
     for change, word in (({"d_loss_real": math.log(2), "d_loss_refined": math.log(2)}, "dead"),
                          ({"loss_adv": 9.0}, "wins"), ({"mean_change": 1.1}, "left the image"),
                          ({}, "")):
-        train_gan.watch([list({**row, **change}.values())], 1, said)
+        train_gan.watch({**row, **change}, 1, said)
         text = capsys.readouterr().out
         assert word in text and bool(text) == bool(change)
-    train_gan.watch([list({**row, "loss_adv": 9.0}.values())], 2, said)
+    train_gan.watch({**row, "loss_adv": 9.0}, 2, said)
     assert capsys.readouterr().out == ""                   # once is enough

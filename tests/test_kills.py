@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import call, start
 
-import models
 import prepare
 import train_gan
-from models import load_checkpoint, stop_requests
-from prepare import UserError
+from support import training
+from support.cli import UserError
+from support.training import load_checkpoint, stop_requests
 
 # A save after every step, so that a random moment often lies in one.
 GAN = ["--steps", 10, "--batch-size", 2, "--sample-every", 2, "--save-every", 1]
@@ -224,8 +224,8 @@ def run_here(monkeypatch, folder, script, flags, every):
     module = __import__(script)
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, flags)])
-    monkeypatch.setattr(module, "stop_requests", list)         # leave pytest's signals alone
-    monkeypatch.setattr(module, "read_every", lambda device: every)
+    monkeypatch.setattr(training, "stop_requests", list)       # leave pytest's signals alone
+    monkeypatch.setattr(training, "read_every", lambda device: every)
     module.main()
 
 
@@ -272,7 +272,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(fresh, script, term,
         calls.append(1)
         values = honest(*args)
         if len(calls) == (10 if script == "train_gan" else 5):   # the GAN updates R twice a step
-            values[0].mul_(torch.nan)
+            values[term].mul_(torch.nan)
         return values
     monkeypatch.setattr(module, "update_R", update)
     flags = (GAN if script == "train_gan" else PRETRAIN + ["--run", "runs/nan"]) + RARELY
@@ -298,9 +298,9 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     """The last finite loss can have an infinite gradient: its update ruins the weights, and only
     the next step's loss would tell."""
     path = tmp_path / "last.pt"
-    models.save_checkpoint(path, "gan", refiner={"w": torch.ones(2)})
+    training.save_checkpoint(path, "gan", refiner={"w": torch.ones(2)})
     before = path.read_bytes()
     for key in ("refiner", "discriminator", "weights"):
         with pytest.raises(UserError, match=f"last.pt: not written, the {key}"):
-            models.save_checkpoint(path, "gan", **{key: {"w": torch.tensor([1, torch.inf])}})
+            training.save_checkpoint(path, "gan", **{key: {"w": torch.tensor([1, torch.inf])}})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pt"]

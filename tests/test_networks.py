@@ -1,6 +1,5 @@
 """The networks, Inception's weights and the checkpoints. Random weights, no download."""
 import copy
-import math
 import pickle
 import urllib.error
 from pathlib import Path
@@ -11,11 +10,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-import models
-from models import (AtrousConv, DeepLabV3Plus, Refiner, inception_features, keras_average_pool,
-                    load_checkpoint, load_inception, patch_loss, pick_device, resize_299,
-                    save_checkpoint, speed_up, to_float, to_uint8)
-from prepare import UserError
+from models import DeepLabV3Plus, Refiner, inception_features, load_inception, resize_299
+from support import training
+from support.cli import UserError
+from support.training import (autocast, load_checkpoint, pick_device, rebuild, save_checkpoint,
+                              to_float, to_uint8)
 
 
 def random_images(n, height=80, width=160, seed=0):
@@ -32,52 +31,6 @@ def same_weights_every_time():
 # ------------------------------------------------------------------------------- networks
 
 
-def test_a_skip_adds_the_change_to_the_image():
-    """With no change R is the identity, to the bit; and it never leaves [-1, 1]."""
-    net, x = Refiner(maps=8, blocks=1, skip=True), to_float(random_images(2, 40, 80))
-    with torch.no_grad():
-        changed = net(x)
-        assert changed.min() >= -1 and changed.max() <= 1 and not torch.equal(changed, x)
-        net.last.weight.zero_(), net.last.bias.zero_()
-        assert torch.equal(net(x), x)
-        net.last.bias.fill_(0.25)
-        assert torch.equal(net(x), (x + 0.25).clamp(max=1))
-    assert Refiner(**net.args).skip
-
-
-@pytest.mark.parametrize("size, used", [((3, 5), [4]), ((5, 10), [3, 4, 5]), ((10, 5), [1, 4, 7]),
-                                        ((7, 7), range(9))])
-def test_atrous_convolution_equals_the_whole_one(size, used):
-    """The same values and gradients, and no gradient at all for the weights that meet only
-    padding, whose gradient there is 0. The rate is 6: one, both or no sides of the map reach it."""
-    ours = AtrousConv(4, 3, 6).double()
-    whole = nn.Conv2d(4, 3, 3, padding=6, dilation=6, bias=False).double()
-    whole.weight.data = torch.stack(list(ours.weights), -1).view(3, 4, 3, 3)
-    x = [torch.randn(2, 4, *size, dtype=torch.float64).requires_grad_()]
-    x.append(x[0].detach().clone().requires_grad_())
-    y = [net(image) for net, image in zip((ours, whole), x)]
-    torch.testing.assert_close(y[0], y[1])
-    for value in y:
-        value.square().sum().backward()
-    torch.testing.assert_close(x[0].grad, x[1].grad)
-    for k, weight in enumerate(ours.weights):
-        wanted = whole.weight.grad[:, :, k // 3, k % 3]
-        if k in used:
-            torch.testing.assert_close(weight.grad, wanted)
-        else:
-            assert weight.grad is None and not wanted.any()
-
-
-def test_atrous_convolution_starts_as_the_whole_one():
-    """PyTorch's initial values, of as many random numbers: seeds mean what they meant."""
-    torch.manual_seed(5)
-    ours, after = AtrousConv(4, 3, 6), torch.rand(1)
-    torch.manual_seed(5)
-    whole = nn.Conv2d(4, 3, 3, bias=False).weight
-    assert torch.equal(torch.stack(list(ours.weights), -1).view(3, 4, 3, 3), whole)
-    assert torch.equal(after, torch.rand(1))
-
-
 def test_to_float_and_to_uint8_are_inverse():
     """All 256 values, 0 and 255 at the ends of [-1, 1]; out of range is clipped, not wrapped."""
     values = torch.arange(256, dtype=torch.uint8)
@@ -86,19 +39,6 @@ def test_to_float_and_to_uint8_are_inverse():
     assert torch.equal(to_uint8(x), values)
     assert torch.equal(to_uint8(x + 0.3 / 127.5), values)                 # rounded, not cut
     assert to_uint8(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
-
-
-# ----------------------------------------------------------------------------- patch loss
-
-
-def test_patch_loss_by_hand():
-    """-log softmax, the mean over the patches; channel 0 is real, channel 1 is refined."""
-    logits = torch.tensor([[0.0, 1.0], [2.0, 1.0]]).view(1, 2, 1, 2)     # patches (0,2), (1,1)
-    p_refined = [math.exp(2) / (1 + math.exp(2)), 0.5]
-    wanted = [-sum(math.log(1 - p) for p in p_refined) / 2,
-              -sum(math.log(p) for p in p_refined) / 2]
-    assert patch_loss(logits, 0).item() == pytest.approx(wanted[0], rel=1e-6)
-    assert patch_loss(logits, 1).item() == pytest.approx(wanted[1], rel=1e-6)
 
 
 # ------------------------------------------------------------------------------- Inception
@@ -138,33 +78,6 @@ def full_file(full, tmp_path_factory):
 
 def without(state, *parts):
     return {k: v for k, v in state.items() if not any(part in k for part in parts)}
-
-
-class Pooled(nn.Module):
-    """As torchvision's Inception blocks: branch_pool gets what F.avg_pool2d gives."""
-
-    def __init__(self):
-        super().__init__()
-        self.branch_pool = nn.Identity()
-
-    def forward(self, x):
-        return self.branch_pool(F.avg_pool2d(x, kernel_size=3, stride=1, padding=1))
-
-
-def test_keras_average_pool_leaves_the_padding_out():
-    """Keras divides by the pixels that are there: 4 in a corner, 6 at an edge."""
-    net, x = Pooled(), torch.randn(2, 3, 5, 7)
-    net.branch_pool.register_forward_pre_hook(keras_average_pool)
-    wanted = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-    torch.testing.assert_close(net(x), wanted)
-
-
-def test_every_inception_block_pools_as_keras(pool3):
-    """Mixed_5b-d, 6b-e and 7b-c have an averaging branch."""
-    blocks = [m for m in pool3.modules() if hasattr(m, "branch_pool")]
-    assert len(blocks) == 9
-    for block in blocks:
-        assert list(block.branch_pool._forward_pre_hooks.values()) == [keras_average_pool]
 
 
 LAYERS = {"Conv2d_1a_3x3": (32, 39, 79), "Conv2d_2a_3x3": (32, 37, 77),
@@ -335,7 +248,7 @@ def test_failed_download_names_the_other_choices(monkeypatch, error):
     monkeypatch.setattr(torchvision.models.Inception_V3_Weights, "get_state_dict", fail)
     with pytest.raises(UserError) as caught:
         load_inception("imagenet")
-    for words in ("--inception imagenet", "--inception PATH", "--inception random"):
+    for words in ("--inception imagenet", "give a file", "--inception random"):
         assert words in str(caught.value)
 
 
@@ -378,6 +291,17 @@ def test_checkpoint_round_trip(tmp_path):
     assert state["settings"] == {"lr": 1e-4, "layers": ["a", None]}
     assert all(torch.equal(state["weights"][k], v) for k, v in weights.items())
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_refiner_of_an_older_checkpoint_loads():
+    """Its arguments name an option that is gone; one that had been used is refused."""
+    net = Refiner(8, 1)
+    state = {"refiner_args": {**net.args, "skip": False}, "refiner": net.state_dict()}
+    x = to_float(random_images(1, 24, 48))
+    assert torch.equal(rebuild(Refiner, state, "refiner", "old.pt")(x), net(x))
+    state["refiner_args"]["skip"] = True
+    with pytest.raises(UserError, match="old.pt.*refiner"):
+        rebuild(Refiner, state, "refiner", "old.pt")
 
 
 def test_checkpoint_of_another_stage(tmp_path):
@@ -441,35 +365,36 @@ def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def half(state, target):
         Path(target).write_bytes(b"half")
         raise OSError("No space left on device")
-    monkeypatch.setattr(models.torch, "save", half)
+    monkeypatch.setattr(training.torch, "save", half)
     with pytest.raises(OSError):
         save_checkpoint(path, "gan", step=2)
     assert load_checkpoint(path, ["gan"], "")["step"] == 1
 
 
 def test_bfloat16_changes_the_arithmetic_not_the_interface():
-    """speed_up: float32 out, close to the float32 network, and the same state_dict keys."""
+    """autocast: close to the float32 network, which is what it is outside; the keys stay."""
     torch.manual_seed(0)
     plain = Refiner(maps=8, blocks=1)
     x = torch.rand(2, 3, 24, 48) * 2 - 1
     wanted, keys = plain(x), list(plain.state_dict())
-    fast = speed_up(plain, torch.device("cpu"), "bfloat16")
-    got = fast(x)
-    assert got.dtype == torch.float32 and list(fast.state_dict()) == keys
+    with autocast(torch.device("cpu"), "bfloat16"):
+        got = plain(x)
+    assert got.dtype == torch.bfloat16 and list(plain.state_dict()) == keys
     assert not torch.equal(got, wanted) and (got - wanted).abs().max() < 0.02
+    with autocast(torch.device("cpu"), "float32"):
+        assert torch.equal(plain(x), wanted)
 
 
 @pytest.mark.parametrize("mkldnn, avx512_bf16, wanted", [
     (False, False, False), (True, False, False), (True, True, True)])
 def test_slow_bfloat16_is_known(mkldnn, avx512_bf16, wanted, monkeypatch, capsys):
     """AVX2, AVX512 without BF16, AVX512 with it: only the last has it, the others are warned."""
-    monkeypatch.setattr(models.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(models.torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16,
+    monkeypatch.setattr(training.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(training.torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16,
                         raising=False)
-    monkeypatch.setattr(models.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: mkldnn)
-    models.warn_of_slow_bfloat16.cache_clear()
-    models.warn_of_slow_bfloat16()
-    models.warn_of_slow_bfloat16()
-    assert models.has_bfloat16() == wanted
+    monkeypatch.setattr(training.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: mkldnn)
+    pick_device("cpu", "bfloat16")
+    assert training.has_bfloat16() == wanted
     assert capsys.readouterr().err.count("no bfloat16 arithmetic") == (not wanted)
-    models.warn_of_slow_bfloat16.cache_clear()
+    pick_device("cpu")
+    assert not capsys.readouterr().err

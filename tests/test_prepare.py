@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torchvision.datasets import Cityscapes
 
-from prepare import (CLASSES, IGNORE, LOOKUP, PALETTE, UserError, crop_and_resize, load_images,
+from prepare import (CLASSES, IGNORE, LOOKUP, PALETTE, crop_and_resize, load_images,
                      load_labels, names, read_rgb)
+from support.cli import UserError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "prepare.py"
 SMALL = ["--crop", "none", "--size", "24", "48", "--test", "3"]

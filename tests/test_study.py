@@ -12,9 +12,10 @@ import torch
 from conftest import ROOT, call
 
 import study.run as run
-from prepare import UserError, load_images
-from models import to_float
+from prepare import load_images
 from study import filters, report
+from support.cli import UserError
+from support.training import to_float
 
 README = ROOT / "study/README.md"
 RECORDS = sorted((ROOT / "study/results").glob("*-*.json"))
@@ -182,7 +183,6 @@ def run_seed(study, seed):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
     """A row differs from ours in what ROWS says; the curve over the epochs is for seed 0."""
-    monkeypatch.setattr("segment.DOMAINS", list(run.ROWS), raising=False)
     found = {"pretrain": {}, "train_gan": {}, "refine": {}, "segment": []}
     for command in run_seed(study, seed):
         script = command[1:] if command[0] == "-m" else command

@@ -1,0 +1,230 @@
+"""What every script needs and no paper speaks of: one-line errors, flags, whole writes, locks.
+
+    UserError, start            a mistake is one line and exit status 2, never a traceback
+    parser, positive, natural   the command line, whose help shows every default
+    progress, in_parallel       a bar on a terminal, a line every 20 seconds in a log file
+    whole, write_text, write_json, write_png, writable, lock
+    announce, provenance        what a script says first, and what a report must record
+    markdown_table
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:                                  # Windows: no locks there
+    fcntl = None
+
+
+# ------------------------------------------------------------------------------- errors
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text names the file or flag, what was found, and what
+    to do; `start` prints it as one line."""
+
+
+BARS = []                                            # closed before an error is printed
+
+
+def start(main):
+    """Call a script's main(); turn what a user can mend into one line and status 2: a UserError,
+    a file that cannot be read or written, memory that does not suffice."""
+    try:
+        main()
+    except Exception as error:
+        if out_of_memory(error):
+            error = UserError("out of memory; try a smaller --batch-size or, in prepare.py, a "
+                              "smaller --size or fewer --workers")
+        if not isinstance(error, (UserError, OSError)):
+            raise                                    # a mistake of ours: the traceback
+        for bar in BARS:
+            bar.close()
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:                # with a text: a training that has saved
+        advice = f" {stop}; --resume goes on" if str(stop) else "; run it again to go on"
+        print(f"\n{Path(sys.argv[0]).name}: stopped{advice}", file=sys.stderr)
+        sys.exit(130)
+
+
+def out_of_memory(error):
+    """Whether an exception is CUDA's, PyTorch's (on a CPU) or Python's want of memory."""
+    return (isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+            or "allocate memory" in str(error))
+
+
+# ------------------------------------------------------------------------ the command line
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, argparse.SUPPRESS) or action.default is False:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+def parser(doc):
+    """An ArgumentParser whose help is the script's own docstring; it has --seed."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter,
+                                allow_abbrev=False)
+    p.add_argument("--seed", type=natural, default=0, help="decides every random choice")
+    return p
+
+
+def natural(text):
+    """An argparse type: an int of 0 or more."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return int(text)
+
+
+def positive(kind):
+    """An argparse type: a finite number of `kind` above 0."""
+    def convert(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+    convert.__name__ = f"positive {kind.__name__}"
+    return convert
+
+
+def progress(iterable=None, **options):
+    """tqdm with a rate and the time left; in a log file, a line every 20 seconds at most."""
+    slow = {} if sys.stderr.isatty() else {"mininterval": 20}
+    BARS.append(tqdm(iterable, dynamic_ncols=True, **slow, **options))
+    return BARS[-1]
+
+
+def in_parallel(function, jobs, workers):
+    """Yield function(job) for every job, in order, computed by `workers` processes."""
+    try:
+        with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
+            try:
+                yield from progress(pool.map(function, jobs, chunksize=8), total=len(jobs),
+                                    unit="image")
+            except GeneratorExit:                    # nobody wants the rest
+                pool.shutdown(cancel_futures=True)
+                raise
+    except BrokenProcessPool:
+        raise UserError(f"--workers {workers}: one of them was killed, most likely for want of "
+                        "memory; use fewer, or a smaller --size") from None
+
+
+def end_with_parent():
+    """In a worker: end when the main process has, since a SIGKILL of it tells nobody."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# ----------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def whole(path):
+    """A temporary name to write to: renamed to `path` at the end, removed if writing failed."""
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path, text):
+    """Write a text file whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, record):
+    """Write plain values as JSON, whole or not at all."""
+    write_text(path, json.dumps(record, indent=1))
+
+
+def write_png(path, image):
+    """Write a PIL image as PNG, whole or not at all."""
+    with whole(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def writable(folder):
+    """Make a folder for results, or fail now rather than after the hours that lead to them."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+LOCKS = []                                           # open files: closing one frees its lock
+
+
+def lock(folder):
+    """UserError if another process writes into `folder`; else keep others out until this one ends.
+
+    The system frees the lock however the process ends, so a kill leaves none stuck; the empty
+    file .lock stays.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        return
+    LOCKS.append(open(Path(folder) / ".lock", "w"))
+    try:
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)     # not inherited by workers
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{folder}: another process is writing there; wait for its end or choose "
+                        "another folder") from None
+
+
+# ----------------------------------------------------------------------- what a run says
+
+
+def announce(script, device, seed, reads, writes):
+    """The first line of a script: device, versions, what it reads and what it writes."""
+    import torch
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
+        f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU")
+    print(f"{script}: {device.type} ({name}), torch {torch.__version__}, torchvision "
+          f"{version('torchvision')}, seed {seed}; reads {reads}; writes {writes}", flush=True)
+
+
+def provenance(args, device):
+    """What a report must say so that its numbers can be made again: plain values."""
+    import torch
+    settings = {}
+    for flag, value in vars(args).items():
+        settings[flag] = str(value) if isinstance(value, Path) else value
+    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "settings": settings,
+            "device": f"{device}, {torch.get_num_threads()} threads",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": version("torchvision"), "numpy": version("numpy"),
+                         "pillow": version("pillow")}}
+
+
+def markdown_table(head, rows):
+    """A Markdown table of a list of headings and a list of rows of texts."""
+    lines = []
+    for cells in (head, ["---"] * len(head), *rows):
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

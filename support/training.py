@@ -1,0 +1,406 @@
+"""What every training needs and no paper speaks of: device, batches, checkpoints, resuming.
+
+    pick_device, autocast, place, keep_on      where and how precisely a network computes
+    to_float, to_uint8, Batches                images as networks want them
+    make_optimizer
+    Training                                   a loop that can be stopped, resumed and watched
+    save_checkpoint, load_checkpoint, rebuild  tensors and plain values only
+    load_weights                               ImageNet's, or a file's, into a network
+"""
+import hashlib
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from support.cli import UserError, positive, progress, whole, write_text
+
+# --------------------------------------------------------------------- device and precision
+
+
+def pick_device(name, precision="float32"):
+    """torch.device for `--device`: "auto" takes cuda, then mps, then cpu. Prepares it for
+    `--precision`: every one but float32 lets a GPU round the factors of a product to 10 bits."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else (
+            "mps" if torch.backends.mps.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this PyTorch sees no CUDA device; use --device cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:1 or mps") from None
+    rounded = precision != "float32"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = rounded
+    if precision == "bfloat16" and device.type == "cpu" and not has_bfloat16():
+        print("warning: this CPU has no bfloat16 arithmetic, --precision bfloat16 is 4 to 20 "
+              "times slower here than float32", file=sys.stderr)
+    return device
+
+
+def has_bfloat16():
+    """Whether this CPU computes in bfloat16 (AVX2, and AVX512 before AVX512-BF16, convert)."""
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()       # False on AVX2
+    if platform.machine() in ("x86_64", "AMD64"):
+        supported &= getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()
+    return supported
+
+
+def autocast(device, precision):
+    """A context in which networks compute in bfloat16, if `--precision` says so. Weights change
+    inside it, so their bfloat16 copies are not kept."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16",
+                          cache_enabled=False)
+
+
+def learning_layout(device):
+    """The memory order in which 4x4 convolutions learn fastest: channels last, but not on a CPU
+    without AVX-512."""
+    narrow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return torch.contiguous_format if narrow else torch.channels_last
+
+
+def place(net, device, learning=False):
+    """Move `net` to `device`, in the fastest memory order; `learning`: of 4x4 convolutions."""
+    layout = learning_layout(device) if learning else torch.channels_last
+    return net.to(device, memory_format=layout)
+
+
+OPTIMIZERS = ["adam", "momentum", "sgd"]
+
+
+def make_optimizer(name, parameters, lr):
+    """One of OPTIMIZERS; momentum is SGD with 0.9. Fused is one pass over the weights."""
+    parameters = list(parameters)
+    device = parameters[0].device.type
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr, fused=device != "mps")
+    momentum = 0.9 if name == "momentum" else 0
+    return torch.optim.SGD(parameters, lr, momentum=momentum, fused=device == "cuda")
+
+
+# ---------------------------------------------------------------------------------- batches
+
+
+def to_float(images):
+    """uint8 0..255 -> float32 in [-1, 1], the range of every network input (any shape)."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float in [-1, 1] -> uint8 0..255, rounded; the inverse of `to_float`."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def keep_on(device, images, other_images):
+    """Two sets of uint8 images, on a GPU if they fill at most half of its free memory: a batch
+    is then cut out there, and no step waits for a copy. Says where they are if not."""
+    if device.type != "cuda":
+        return images, other_images
+    size, free = images.nbytes + other_images.nbytes, torch.cuda.mem_get_info(device)[0]
+    if size > free / 2:
+        print(f"the images ({size / 1e9:.1f} GB) stay in main memory: the GPU has "
+              f"{free / 1e9:.1f} GB free")
+        return images, other_images
+    return images.to(device), other_images.to(device)
+
+
+class Batches:
+    """Random batches as network input: float32 [n, 3, H, W] in [-1, 1], on `device`.
+
+    Its generator, on the CPU so that the choice is the same on every device, is the only source
+    of randomness in a training.
+    """
+
+    def __init__(self, seed, device):
+        self.random, self.device = torch.Generator().manual_seed(seed), device
+
+    def draw(self, images, n):
+        """n random images of uint8 [N, 3, H, W], with repetition."""
+        index = torch.randint(len(images), (n,), generator=self.random)
+        return to_float(images[index.to(images.device, non_blocking=True)].to(self.device))
+
+    def state_dict(self):
+        return self.random.get_state()
+
+    def load_state_dict(self, state):
+        self.random.set_state(state)
+
+
+def sha256(*tensors):
+    """SHA-256 of the bytes of tensors, as hex."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------- flags
+
+
+def add_device_flag(p):
+    """--device, of every stage that computes with a network."""
+    p.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
+
+
+def add_precision_flag(p):
+    """--precision, of every stage that trains one."""
+    p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32",
+                   help="of the networks; losses are float32")
+
+
+def add_training_flags(p):
+    """The flags of pretrain.py and train_gan.py that no paper speaks of."""
+    add_device_flag(p)
+    add_precision_flag(p)
+    p.add_argument("--data", type=Path, default=Path("data"), help="what prepare.py made")
+    p.add_argument("--run", type=Path, help="(default: runs/METHOD)")
+    p.add_argument("--batch-size", type=positive(int), default=16, help="images a batch")
+    p.add_argument("--resume", action="store_true", help="go on with a stopped run")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing run")
+
+
+def settings_of(args, **data):
+    """What decides a training, as text: its flags but those that a --resume may change, and a
+    hash of what it starts from, {name: tensors}. 50.0 is 50."""
+    free = {"run", "resume", "overwrite", "device", "save_every", "compile"}
+    settings = {flag: str(value).removesuffix(".0") for flag, value in vars(args).items()
+                if flag not in free}
+    for name, tensors in data.items():
+        settings[name] = sha256(*tensors)[:16]
+    return settings
+
+
+def saved_run(path, stage, args):
+    """The state to go on from, or None for a new run; refuses what would lose a run."""
+    if args.resume:
+        return load_checkpoint(path, [stage], "nothing to --resume: leave the flag away")
+    if path.exists() and not args.overwrite:
+        raise UserError(f"{path} exists: --resume goes on with that run, --overwrite starts "
+                        "it anew")
+    return None
+
+
+# ------------------------------------------------------------------------------ the training
+
+
+def read_every(device):
+    """How many steps' losses stay unread on the device: reading one makes the host wait for a
+    GPU; a CPU has them anyway."""
+    return 1 if device.type == "cpu" else 20
+
+
+def stop_requests():
+    """A list that becomes non-empty on the first Ctrl-C or SIGTERM; the second stops at once.
+
+    A loop looks at it after a whole step, so what it then saves is a state it can resume from.
+    """
+    requests = []
+
+    def note(signum, _):
+        requests.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+    return requests
+
+
+class Training:
+    """A loop of steps that can be stopped at any moment and goes on as if it had not been.
+
+        training = Training(path, stage, csv, settings, columns, device, saved, refiner=R, ...)
+        for step in training.steps(total, save_every):
+            ...                              # one step
+            training.log({column: value})
+
+    `parts` is everything that has state_dict and load_state_dict: all of it is saved in the
+    checkpoint `path`, and restored if `saved` is one. The log is a list of dicts, `self.rows`;
+    as a table it is written to `csv`.
+    """
+
+    def __init__(self, path, stage, csv, settings, columns, device, saved, **parts):
+        self.path, self.stage, self.csv, self.settings = path, stage, csv, settings
+        self.columns, self.device, self.parts = columns, device, parts
+        self.step, self.rows, self.unread = 0, [], []
+        if saved:
+            self.restore(saved)
+
+    def restore(self, saved):
+        """Make all parts, the log and the step what they were; UserError at other settings."""
+        for key, value in self.settings.items():
+            old = str(saved["settings"].get(key))
+            if old.removesuffix(".0") != value:
+                raise UserError(f"{self.path}: was run with {key} = {old}, not {value}; --resume "
+                                "goes on with the same settings only")
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.step = saved["step"]
+        for values in saved["log"]:
+            if len(values) != len(self.columns):
+                raise UserError(f"{self.path}: its log has other columns, so it was saved by an "
+                                "older version; start anew with --overwrite")
+            self.rows.append(dict(zip(self.columns, values)))
+
+    def save(self, finished):
+        """Write the log as a table, then everything into one checkpoint, each one whole."""
+        lines = [",".join(["step", *self.columns])]
+        for i, row in enumerate(self.rows):
+            values = [v if isinstance(v, str) else f"{v:.6g}" for v in row.values()]
+            lines.append(",".join([str(i + 1), *values]))
+        write_text(self.csv, "\n".join(lines) + "\n")
+        state = {}
+        for name, part in self.parts.items():
+            state[name] = part.state_dict()
+            if hasattr(part, "args"):                     # of a network: what builds it again
+                state[f"{name}_args"] = part.args
+        save_checkpoint(self.path, self.stage, settings=self.settings, step=self.step,
+                        finished=finished, log=[list(row.values()) for row in self.rows], **state)
+
+    def steps(self, total, save_every, before_saving=lambda: None):
+        """Yield the numbers of the steps that are still to do. After each one: the progress bar;
+        every so often, at the end and when asked to stop: `before_saving` and a save."""
+        stop, self.clock = stop_requests(), time.perf_counter()
+        bar = progress(total=total, initial=self.step, unit="step", desc=self.stage)
+        while self.step < total:
+            self.step += 1
+            yield self.step
+            bar.update()
+            save = self.step % save_every == 0 or self.step == total or stop
+            if save or self.step % read_every(self.device) == 0:
+                self.read()
+                bar.set_postfix_str(self.latest(), refresh=False)
+            if save:
+                before_saving()
+                self.save(finished=self.step == total)
+                if stop:
+                    raise KeyboardInterrupt(f"at step {self.step} of {total}, saved in "
+                                            f"{self.path.parent}")
+        bar.close()
+
+    def log(self, row):
+        """Note a step's values: numbers, texts, or scalars that are still on the device."""
+        self.unread.append(row)
+
+    def read(self):
+        """Move the values that were noted since the last call into `rows`, in one transfer.
+        UserError before a loss that is not a number can be saved."""
+        tensors = []
+        for row in self.unread:
+            tensors += [value for value in row.values() if torch.is_tensor(value)]
+        numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+        now = time.perf_counter()
+        rate = len(self.unread) * int(self.settings["batch_size"]) / (now - self.clock)
+        for row in self.unread:
+            for column, value in row.items():
+                row[column] = next(numbers) if torch.is_tensor(value) else value
+                if isinstance(row[column], float) and not math.isfinite(row[column]):
+                    raise UserError(f"step {len(self.rows) + 1}: {column} is {row[column]}; the "
+                                    f"last good state is {self.path}, if any was saved; try a "
+                                    "smaller --lr or --d-lr")
+            row["images_per_s"] = rate
+            self.rows.append({column: row.get(column, math.nan) for column in self.columns})
+        self.unread, self.clock = [], now
+
+    def mean(self, n):
+        """{column: mean over the last n rows of the log}."""
+        self.read()
+        rows = self.rows[-n:]
+        return {column: sum(row[column] for row in rows) / len(rows) for column in self.columns}
+
+    def latest(self):
+        """The first columns of the last row, for the progress bar."""
+        parts = []
+        for column in self.columns[:4]:
+            value = self.rows[-1][column]
+            parts.append(value if isinstance(value, str) else f"{column} {value:.3g}")
+        return ", ".join(parts)
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+
+def load_tensors(path, flag):
+    """torch.load of tensors and plain values only; any failure is a UserError naming `flag`."""
+    if not Path(path).is_file():
+        raise UserError(f"{flag} {path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                # a damaged pickle can raise about anything
+        why = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise UserError(f"{flag} {path}: not a file of tensors that PyTorch can load, or "
+                        f"damaged ({why})") from None
+
+
+def save_checkpoint(path, stage, **state):
+    """Write `state` (tensors and plain values) and its stage to `path`, whole or not at all.
+
+    UserError, and the old file stays, if the disk is full or a weight has become inf or nan:
+    the update after the last finite loss can do that."""
+    for name, part in state.items():
+        for weight in part.values() if isinstance(part, dict) else []:
+            if torch.is_tensor(weight) and not torch.isfinite(weight).all():
+                raise UserError(f"{path}: not written, the {name} has weights that are inf or "
+                                "nan; what was there before is as it was; try a smaller --lr or "
+                                "--d-lr")
+    try:
+        with whole(path) as temporary:
+            torch.save({"stage": stage, **state}, temporary)
+    except RuntimeError as error:              # PyTorch's own writer, on a full disk for example
+        raise UserError(f"{path}: cannot be written, is the disk full? What was there before is "
+                        f"as it was ({str(error).splitlines()[0][:80]})") from None
+
+
+def load_checkpoint(path, stages, advice):
+    """Read a checkpoint of one of `stages`; raises UserError, ending in `advice`, otherwise."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; {advice}")
+    state = load_tensors(path, "checkpoint")
+    if not isinstance(state, dict) or state.get("stage") not in stages:
+        found = state.get("stage", "none of ours") if isinstance(state, dict) else "no dict"
+        raise UserError(f"{path}: wanted a checkpoint of {' or '.join(stages)}, found {found}; "
+                        f"{advice}")
+    return state
+
+
+def rebuild(Network, state, name, path):
+    """The network `name` of a checkpoint, weights loaded; UserError if it is of another kind."""
+    try:
+        arguments = dict(state[f"{name}_args"])
+        if not arguments.get("skip"):                # of R in older checkpoints, always False
+            arguments.pop("skip", None)
+        net = Network(**arguments)
+        net.load_state_dict(state[name])
+        return net
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path}: its {name} is not a {Network.__name__} of this models.py "
+                        f"({' '.join(str(error).split())[:80]}); train it again") from None
+
+
+def load_weights(net, weights, flag, imagenet, otherwise):
+    """Load into `net` what it needs of a state dict, which may hold more (classifiers, say).
+
+    weights: "imagenet" for torchvision's own (`imagenet`, a WeightsEnum, downloaded once), or a
+    path. UserError if the download fails (it names `otherwise`) or the file lacks something.
+    """
+    if weights == "imagenet":
+        try:
+            found = imagenet.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{flag} imagenet: the download failed ({error}); give a file, or "
+                            f"{flag} {otherwise}") from None
+    else:
+        found = load_tensors(weights, flag)
+    wanted = {k: v for k, v in net.state_dict().items() if "num_batches_tracked" not in k}
+    found = found if isinstance(found, dict) else {}
+    missing = [k for k, v in wanted.items() if getattr(found.get(k), "shape", None) != v.shape]
+    if missing:
+        raise UserError(f"{flag} {weights}: not the state dict of a torchvision "
+                        f"{type(net).__name__}: {len(missing)} of {len(wanted)} entries are "
+                        f"missing or have another shape, the first is {missing[0]}")
+    net.load_state_dict({k: found[k] for k in wanted}, strict=False)

@@ -1,0 +1,80 @@
+"""The house of design.md: which file imports which, how long functions are, what lies where."""
+import ast
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+PAPER = ["prepare", "pretrain", "train_gan", "refine", "evaluate", "segment", "models"]
+SUPPORT = sorted(p.stem for p in (ROOT / "support").glob("*.py") if p.stem != "__init__")
+STUDY = sorted(p.stem for p in (ROOT / "study").glob("*.py") if p.stem != "__init__")
+
+
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path):
+    """The modules of this project that a file imports, wherever it does."""
+    found = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+            if node.module in ("support", "study"):
+                found.remove(node.module)
+                found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return {name for name in found if name.split(".")[0] in [*PAPER, "support", "study", "tests"]}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_stage_imports_the_data_format_the_networks_and_what_lies_below(name):
+    """No stage imports another one but prepare.py, and models.py imports none."""
+    allowed = {f"support.{s}" for s in SUPPORT} | {"prepare", "models"} - {name}
+    if name in ("prepare", "models"):
+        allowed -= {"prepare", "models"}
+    assert imports(ROOT / f"{name}.py") <= allowed
+
+
+def test_nothing_below_imports_upwards_and_there_are_no_circles():
+    seen = {"cli": set()}
+    for name in SUPPORT:
+        below = imports(ROOT / f"support/{name}.py")
+        assert all(i.startswith("support.") for i in below), name
+        seen[name] = {i.removeprefix("support.") for i in below}
+    while seen:                                        # take away what imports nothing that is left
+        free = [name for name, below in seen.items() if not below & seen.keys()]
+        assert free, f"a circle: {seen}"
+        for name in free:
+            del seen[name]
+
+
+def test_the_top_level_is_the_papers():
+    """Seven files of the paper and what design.md lists beside them."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
+    assert top == {f"{name}.py" for name in PAPER} | {
+        "README.md", "support", "study", "tests", "Makefile", "requirements.txt", "LICENSE", ".ci",
+        ".gitignore"}
+
+
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_files_read_plainly(name):
+    """No function over 40 lines, no comprehension inside another, no tuple of more than three
+    taken apart, no line over 100."""
+    path = ROOT / f"{name}.py"
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 40, node.name
+        if isinstance(node, COMPREHENSIONS):
+            inner = [n for n in ast.walk(node) if n is not node and isinstance(n, COMPREHENSIONS)]
+            assert not inner, f"line {node.lineno}"
+        if isinstance(node, ast.Tuple) and isinstance(node.ctx, ast.Store):
+            assert len(node.elts) <= 3, f"line {node.lineno}"
+    assert all(len(line) <= 100 for line in path.read_text(encoding="utf-8").splitlines())
