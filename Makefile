@@ -2,7 +2,7 @@
 # make test                                  the tests
 # make bench                                 how fast it is here: results/bench.{md,json}
 # make paper GTA5=~/gtav CITYSCAPES=~/cs     the paper, all stages, both methods and networks
-# make study GTA5=... CITYSCAPES=...         does it work? three seeds and the ablations
+# make study GTA5=... CITYSCAPES=...         does it work? every row of it, three seeds
 # make clean-demo                            remove demo/
 # make stages BASE=... PREPARE=... ...       the chain with settings of your own
 #
@@ -19,53 +19,39 @@ test: .venv/installed
 	$(PY) -m pytest -q tests
 
 bench: .venv/installed
-	$(PY) bench.py --json results/bench.json
+	$(PY) -m study.bench --json results/bench.json
 
 # ---------------------------------------------------------------------------- settings
 
 demo: .venv/installed
 	$(MAKE) --no-print-directory stages BASE=demo/ INCEPTION=random \
-	  PREPARE="--demo --limit 300 --test 100 --size 32 64" \
-	  PRETRAIN="--steps 100 --lr 3e-4 --batch-size 8 --layer Conv2d_2b_3x3" \
-	  GAN="--steps 120 --lr 2e-4 --batch-size 8 --sample-every 20 --save-every 40 \
+	  PREPARE="--demo --limit 200 --test 60 --size 32 64" \
+	  PRETRAIN="--steps 80 --d-steps 200 --lr 3e-4 --batch-size 8 --layer Conv2d_2b_3x3" \
+	  GAN="--steps 100 --lr 2e-4 --batch-size 6 --sample-every 20 --save-every 50 \
 	    --d-optimizer adam --d-lr 1e-4" \
 	  SEGMENT="--network unet --epochs 8"
-	@cat demo/results/table2.md demo/results/segment_unet.md
-	@echo "Pictures: demo/runs/ours/samples/ (synthetic, refined, real)," \
-	  "demo/runs/ours/curves.png (Figure 1), demo/results/table7.png"
+	@$(PY) -m study.demo --base demo
 
 paper: .venv/installed
 	@test -n "$(GTA5)" -a -n "$(CITYSCAPES)" || { \
 	  echo "usage: make paper GTA5=DIR CITYSCAPES=DIR [INCEPTION=imagenet|FILE]"; exit 2; }
 	$(MAKE) --no-print-directory stages BASE= \
-	  PREPARE="--gta5 $(GTA5) --cityscapes $(CITYSCAPES)" SEGMENT="--network both"
+	  PREPARE="--gta5 '$(GTA5)' --cityscapes '$(CITYSCAPES)' $(PREPARE)"
 
-STUDY_PY = $(PY) study.py --gta5 $(GTA5) --cityscapes $(CITYSCAPES) --inception $(INCEPTION) \
-  $(STUDY)
-# The seeds, and on each of them the finer D with and without perceptual pre-training.
-MAIN := seed0 seed1 seed2 d-fine d-fine-seed1 d-fine-seed2 \
-  d-fine-simgan d-fine-simgan-seed1 d-fine-simgan-seed2
-
-study: .venv/installed            # both networks; U-Net for the ablations; both for twice as long
+study: .venv/installed
 	@test -n "$(GTA5)" -a -n "$(CITYSCAPES)" || { \
-	  echo "usage: make study GTA5=DIR CITYSCAPES=DIR [INCEPTION=imagenet|FILE] [STUDY=FLAGS]"; \
-	  exit 2; }
-	$(STUDY_PY) --network both --only $(MAIN)
-	$(STUDY_PY)
-	$(STUDY_PY) --images study --network both --epochs 60 30 --base study60 \
-	  --out results/study60 --only $(MAIN)
-	$(PY) report.py
-	$(PY) report.py --out results/study60 --before results/study
+	  echo "usage: make study GTA5=DIR CITYSCAPES=DIR [NAME=paper-size] [STUDY=FLAGS]"; exit 2; }
+	$(PY) -m study.run $(NAME) $(STUDY) \
+	  --prepare "--gta5 '$(GTA5)' --cityscapes '$(CITYSCAPES)' $(PREPARE)"
+	$(PY) -m study.report $(NAME)
 
 clean-demo:
 	rm -rf demo
 
 # ------------------------------------------------------------------ the chain of the stages
 
+NAME ?= paper-size
 INCEPTION ?= imagenet
-REFINE ?= colour pretrained ours simgan
-STEP ?= average
-R_FLAGS ?=
 DATA := $(BASE)data
 RUNS := $(BASE)runs
 STAMPS := $(RUNS)/stamps
@@ -89,8 +75,7 @@ $(STAMPS)/gan-%: $(STAMPS)/pretrain-%
 	@touch $@
 
 $(STAMPS)/refine-%: $(STAMPS)/gan-%
-	$(PY) refine.py --checkpoint $(RUNS)/$*/$(STEP).pt --data $(DATA)/synthetic --out $(DATA)/$* \
-	  $(R_FLAGS)
+	$(PY) refine.py --checkpoint $(RUNS)/$*/average.pt --data $(DATA)/synthetic --out $(DATA)/$*
 	@touch $@
 
 $(STAMPS)/refine-pretrained: $(STAMPS)/pretrain-ours
@@ -98,11 +83,7 @@ $(STAMPS)/refine-pretrained: $(STAMPS)/pretrain-ours
 	  --out $(DATA)/pretrained
 	@touch $@
 
-$(STAMPS)/refine-colour: $(STAMPS)/prepare
-	$(PY) refine.py --method colour --data $(DATA)/synthetic --out $(DATA)/colour
-	@touch $@
-
-REFINED := $(addprefix $(STAMPS)/refine-,$(REFINE))
+REFINED := $(STAMPS)/refine-pretrained $(STAMPS)/refine-ours $(STAMPS)/refine-simgan
 
 $(STAMPS)/evaluate: $(REFINED)
 	$(PY) evaluate.py --data $(DATA) --out $(BASE)results --inception $(INCEPTION)

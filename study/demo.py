@@ -1,0 +1,81 @@
+"""What `make demo` shows at its end: a short table, and everything in one picture.
+
+Reads   BASE/{data,runs,results}, as the six stages leave them
+Writes  BASE/summary.png
+
+    python -m study.demo --base demo                   of the toy town
+    python -m study.demo --base .                      of your own run
+"""
+import csv
+import json
+from pathlib import Path
+
+from prepare import load_images
+from support.cli import UserError, parser, start
+from support.figures import save_summary
+from support.training import load_checkpoint
+
+
+def arguments():
+    p = parser(__doc__)
+    p.add_argument("--base", type=Path, default=Path("demo"), help="where the stages have run")
+    return p.parse_args()
+
+
+def read_json(path):
+    """A record that a stage has written."""
+    if not path.is_file():
+        raise UserError(f"{path}: is not there; run the stages first (make demo)")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_log(path):
+    """The rows of a log.csv, {column: number}."""
+    with open(path, encoding="utf-8") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def mean_mIoU(segment, row, column):
+    """The mean over the seeds of a record of segment.py."""
+    values = [by_domain[row][column]["mIoU"] for by_domain in segment["scores"].values()]
+    return sum(values) / len(values)
+
+
+def print_table(table2, segment, on_real):
+    """mIoU on real by training set, with a bar each; then how far the images are from real."""
+    tests = segment["test_images"]["real"]
+    print(f"\nU-Net, trained on {segment['images']} images of each kind for {segment['epochs']} "
+          f"epochs, tested on {tests} real ones:\n")
+    for row, value in on_real.items():
+        bar = "#" * round(40 * value / max(on_real.values()))
+        print(f"  {row:12s}{value:.3f} mIoU  {bar}")
+    print(f"\nDistance of the images from real ones ({table2['label']}, N = {table2['n']}):\n")
+    for row, found in table2["rows"].items():
+        if "fid" in found["scores"]:
+            print(f"  {row:32s}{found['scores']['fid']['value']:8.1f}")
+
+
+def main():
+    base = arguments().base
+
+    # 1. What the stages have found.
+    segment = read_json(base / "results/segment_unet.json")
+    table2 = read_json(base / "results/table2.json")
+    rows = list(segment["scores"][str(segment["seeds"][0])])
+    on_real = {row: mean_mIoU(segment, row, "real") for row in rows}
+    print_table(table2, segment, on_real)
+
+    # 2. The same in one picture.
+    images = {}
+    for caption, domain in (("synthetic", "synthetic"), ("refined", "ours"), ("real", "real")):
+        images[caption] = load_images(base / "data" / domain / "test")[:5]
+    best = load_checkpoint(base / "runs/ours/gan.pt", ["best"], "run train_gan.py first")
+    table = [[mean_mIoU(segment, row, column) for column in segment["domains"]] for row in rows]
+    save_summary(base / "summary.png", images, read_log(base / "runs/ours/log.csv"), best["step"],
+                 on_real, table, segment["domains"])
+    print(f"\nAll in one picture: {base}/summary.png. Tables: {base}/results/*.md. Training: "
+          f"{base}/runs/ours/samples/")
+
+
+if __name__ == "__main__":
+    start(main)
