@@ -111,11 +111,9 @@ def patch_loss(logits, target):
 
 def double_conv(c_in, c_out):
     """(3x3 convolution, BatchNorm, ReLU) twice, size kept."""
-    layers = []
-    for c in (c_in, c_out):
-        layers += [nn.Conv2d(c, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out),
-                   nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers)
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(),
+        nn.Conv2d(c_out, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
 
 
 class UNet(nn.Module):
@@ -176,7 +174,7 @@ class DeepLabV3Plus(nn.Module):
         self.deep = nn.Sequential(b.layer2, b.layer3, b.layer4)
         self.aspp = ASPP(2048, [6, 12, 18])
         self.low = nn.Sequential(nn.Conv2d(256, 48, 1, bias=False), nn.BatchNorm2d(48),
-                                 nn.ReLU(inplace=True))
+                                 nn.ReLU())
         self.decoder = double_conv(256 + 48, 256)
         self.head = nn.Conv2d(256, classes, 1)
 

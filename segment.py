@@ -69,7 +69,7 @@ def scores(matrix):
     m = matrix.double()
     hit = m.diag()
     union = m.sum(0) + m.sum(1) - hit
-    iou = torch.where(union > 0, hit / union.clamp(min=1), torch.nan)
+    iou = hit / union                                         # 0 / 0 is nan
     return {"mIoU": iou.nanmean().item(),
             "accuracy": (100 * hit.sum() / m.sum().clamp(min=1)).item(),
             "IoU": iou.tolist(), "classes": int((union > 0).sum())}

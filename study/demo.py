@@ -31,8 +31,11 @@ def read_json(path):
 
 def read_log(path):
     """The rows of a log.csv, {column: number}."""
+    rows = []
     with open(path, encoding="utf-8") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        for row in csv.DictReader(file):
+            rows.append({column: float(value) for column, value in row.items()})
+    return rows
 
 
 def mean_mIoU(segment, row, column):
@@ -70,7 +73,9 @@ def main():
     for caption, domain in (("synthetic", "synthetic"), ("refined", "ours"), ("real", "real")):
         images[caption] = load_images(base / "data" / domain / "test")[:5]
     best = load_checkpoint(base / "runs/ours/gan.pt", ["best"], "run train_gan.py first")
-    table = [[mean_mIoU(segment, row, column) for column in segment["domains"]] for row in rows]
+    table = []
+    for row in rows:
+        table.append([mean_mIoU(segment, row, column) for column in segment["domains"]])
     save_summary(base / "summary.png", images, read_log(base / "runs/ours/log.csv"), best["step"],
                  on_real, table, segment["domains"])
     print(f"\nAll in one picture: {base}/summary.png. Tables: {base}/results/*.md. Training: "
