@@ -11,11 +11,12 @@ Images enter a network as float32 in [-1, 1], [N, 3, H, W]; everywhere else they
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import (Inception_V3_Weights, ResNet50_Weights, inception_v3, resnet50)
+from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from support.cli import UserError, progress
-from support.training import load_weights, to_float
+from support.inception import load_inception, resize_299
+from support.training import load_weights
 
 
 # ----------------------------------------------------------------------- refiner, section 5.1
@@ -186,93 +187,25 @@ class DeepLabV3Plus(nn.Module):
         return F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
 
 
-# ------------------------------------------------------------------ Inception V3 (Szegedy 2016)
-
-
-def keras_average_pool(module, inputs):
-    """Forward pre-hook of `branch_pool`: make torchvision's average pool equal Keras's.
-
-    torchvision averages the padding in (divides by 9 at the border), Keras does not. Dividing
-    by the pooled ones gives the mean of the pixels that are there.
-    """
-    (x,) = inputs
-    ones = torch.ones_like(x[:1, :1])
-    return (x / F.avg_pool2d(ones, 3, stride=1, padding=1),)
-
-
-def load_inception(weights="imagenet", layer="pool3", images=None, seed=0):
-    """Inception V3 up to and including `layer`, frozen: [N, 3, H, W] in [-1, 1] -> features.
-
-    weights: "imagenet" (torchvision's, downloaded once), a path to a state dict (with or
-    without fc.* and AuxLogits.*, float16 or float32), or "random": seeded weights whose
-    BatchNorm is calibrated on `images` (uint8 [N, 3, H, W]); for demo and tests.
-    layer: a name of torchvision's modules (Conv2d_4a_3x3 = Keras' fifth convolution,
-    Mixed_6e, ...), or "pool3" for the 2048 numbers of FID.
-    Raises UserError when the download fails, the file does not fit or the layer is unknown.
-    """
-    with torch.random.fork_rng(devices=[]):                   # leave the random state alone
-        torch.manual_seed(seed)
-        net = inception_v3(weights=None, aux_logits=False, init_weights=False,
-                           transform_input=False)
-    net.fc = nn.Identity()
-    for module in net.modules():
-        if hasattr(module, "branch_pool"):
-            module.branch_pool.register_forward_pre_hook(keras_average_pool)
-    if weights != "random":
-        load_weights(net, weights, "--inception", Inception_V3_Weights.IMAGENET1K_V1, "random")
-    names = [name for name, _ in net.named_children()]        # they stand in forward order
-    names = names[:names.index("avgpool")] + ["pool3"]
-    if layer not in names:
-        raise UserError(f"--layer {layer}: Inception V3 has {', '.join(names)}")
-    part = nn.Sequential(*list(net.children())[:names.index(layer) + 1])
-    part.to(memory_format=torch.channels_last)                # faster on a CPU
-    if weights == "random":
-        calibrate_batchnorm(part, images)
-    if layer == "pool3":
-        part.append(nn.Flatten())
-    return part.eval().requires_grad_(False)
-
-
-def resize_299(images):
-    """uint8 [N, 3, H, W] -> float in [-1, 1], [N, 3, 299, 299]: bilinear, align_corners=False,
-    no antialias, as pytorch-fid does."""
-    return F.interpolate(to_float(images), size=(299, 299), mode="bilinear", align_corners=False)
-
-
-@torch.no_grad()
-def calibrate_batchnorm(net, images):
-    """Set every BatchNorm to the statistics of up to 16 of `images` (uint8).
-
-    Without it a random net is flat; and images unlike those it was calibrated on come out
-    enormous, since 94 layers each enlarge the difference: calibrate on all that you compare.
-    """
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None                            # None: the plain average
-    net.train()
-    net(resize_299(images[::-(-len(images) // 16)]))
-    net.eval()
+# ------------------------------------------------------------------- metrics, section 5.2
 
 
 @torch.no_grad()
 def inception_features(net, images, device, batch_size=None, title="Inception features"):
-    """pool3 features, float64 [N, 2048] on the CPU, of uint8 images [N, 3, H, W]. `title` stands
-    beside the progress bar. UserError when a feature is not finite: the weights are damaged then.
+    """pool3 features, float64 [N, 2048] on the CPU, of uint8 images [N, 3, H, W], a tensor or
+    Images. `title` stands beside the progress bar. UserError at a feature that is not finite.
     """
     net, device = net.to(device), torch.device(device)
     batch_size = batch_size or (8 if device.type == "cpu" else 64)
     features = []
-    for batch in progress(images.split(batch_size), desc=title, unit="batch"):
+    count = -(-len(images) // batch_size)
+    for batch in progress(images.split(batch_size), desc=title, unit="batch", total=count):
         features.append(net(resize_299(batch.to(device))).cpu().double())
     features = torch.cat(features)
     if not features.isfinite().all():
         raise UserError("--inception: the features are not finite, so the weights are damaged; "
                         "fetch the file again")
     return features
-
-
-# ------------------------------------------------------------------- metrics, section 5.2
 
 
 def fid(features_a, features_b):
@@ -301,10 +234,8 @@ def trace_sqrt_nuclear(a, b):
 
 
 def trace_sqrt_eigen(a, b):
-    """The same as the trace of the root of the symmetric L' S2 L, where S1 = L L', [d, d].
-
-    Cheap for many images. Eigenvalues that rounding pushed below 0 are 0.
-    """
+    """The same as the trace of the root of the symmetric L' S2 L, S1 = L L', [d, d]: cheap for many
+    images. Eigenvalues that rounding pushed below 0 are 0."""
     w, v = torch.linalg.eigh(a.T @ a)
     bl = b @ (v * w.clamp(min=0).sqrt())                       # b L, so L' S2 L = (b L)'(b L)
     return torch.linalg.eigvalsh(bl.T @ bl).clamp(min=0).sqrt().sum()
@@ -381,10 +312,8 @@ def window_matrix(n, like):
 
 def leave_out(metric, *sets, groups=20):
     """metric(*sets) with the i-th of `groups` left out of every set at once: float64 [groups].
-
-    Element k of a set is in group k mod `groups`. Elements of equal index go together, so pairs
-    stay pairs, and what two scores have in common cancels in the difference of their values.
-    """
+    Element k of a set is in group k mod `groups`: pairs stay pairs, and what two scores have in
+    common cancels in the difference of their values."""
     groups = min(groups, *map(len, sets))
     values = []
     for i in range(groups):
@@ -394,10 +323,7 @@ def leave_out(metric, *sets, groups=20):
 
 
 def jackknife_error(values):
-    """Standard error of a score from its `leave_out` values t:
-
-    Var = (g - 1) / g * sum (t_i - mean t)^2   (delete-a-group jackknife, Shao & Tu 1995).
-    No image is counted twice, as a bootstrap would: repeated images inflate FID.
-    """
+    """Standard error of a score from its `leave_out` values t (delete-a-group jackknife, Shao & Tu
+    1995): Var = (g - 1) / g * sum (t_i - mean t)^2. A bootstrap's repeated images inflate FID."""
     g = len(values)
     return ((g - 1) / g * (values - values.mean()).square().sum()).sqrt().item()
