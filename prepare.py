@@ -12,22 +12,25 @@ Writes  data/{synthetic,real}/{train,test}/images/NAME.png   RGB, all of one siz
 
 The other stages import the format from here: CLASSES, PALETTE, IGNORE, load_images, load_labels.
 """
-import json
-import os
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from support import toytown
-from support.cli import (UserError, in_parallel, lock, parser, positive, start, write_json,
+from support.cli import (UserError, cpus, lock, parser, path_of, positive, start, write_json,
                          write_png)
+from support.raw import (IGNORE, UNREADABLE, Found, Frame, by_ending, check_labels,
+                         check_settings, find_cityscapes, find_folder, find_gta5, is_turned,
+                         own_table, palette_of, read_classes, read_label, read_record, read_rgb,
+                         read_stack, sha256_of, usable)
 
 # The 19 classes that GTA-V and Cityscapes share (section 4.1). Row i is trainId i:
 # name, Cityscapes labelId, colour (cityscapesScripts labels.py).
-TABLE = [
+TABLE = (
     ("road", 7, (128, 64, 128)), ("sidewalk", 8, (244, 35, 232)),
     ("building", 11, (70, 70, 70)), ("wall", 12, (102, 102, 156)),
     ("fence", 13, (190, 153, 153)), ("pole", 17, (153, 153, 153)),
@@ -37,19 +40,10 @@ TABLE = [
     ("rider", 25, (255, 0, 0)), ("car", 26, (0, 0, 142)), ("truck", 27, (0, 0, 70)),
     ("bus", 28, (0, 60, 100)), ("train", 31, (0, 80, 100)),
     ("motorcycle", 32, (0, 0, 230)), ("bicycle", 33, (119, 11, 32)),
-]
+)
 CLASSES = [name for name, _, _ in TABLE]
-PALETTE = np.zeros((256, 3), np.uint8)               # void (255) is black
-PALETTE[:19] = [colour for _, _, colour in TABLE]
-IGNORE = 255                                         # void: in no loss and no score
-
-# Raw pixel value -> trainId. Every labelId outside the 19 classes is void; a value that no
-# table knows is UNKNOWN, and its frame is refused.
-UNKNOWN = 254
-LOOKUP = {name: np.full(256, UNKNOWN, np.uint8) for name in ("labelIds", "trainIds")}
-LOOKUP["labelIds"][list(range(35)) + [255]] = IGNORE
-LOOKUP["labelIds"][[label_id for _, label_id, _ in TABLE]] = range(19)
-LOOKUP["trainIds"][list(range(19)) + [255]] = list(range(19)) + [IGNORE]
+PALETTE = palette_of(TABLE)                          # uint8 [256, 3]; void (255) is black
+# IGNORE (255) is void: in no loss and in no score.
 
 
 # ---------------------------------------------------------------- reading prepared folders
@@ -70,208 +64,128 @@ def names(folder):
     return found
 
 
-def read_record(path):
-    """The dict in a prepare.json or refine.json; UserError if there is none in it."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: damaged; run prepare.py (or refine.py) again, prepare.py "
-                        "into another --out")
-    return record
+def classes_of(folder):
+    """The rows of the class table of prepared data: TABLE, unless --classes gave others."""
+    record = Path(folder) / "prepare.json"
+    own = read_record(record).get("classes", CLASSES) if record.is_file() else CLASSES
+    return TABLE if own == CLASSES else own_table(own)
 
 
-def read_stack(folder, kind, mode):
-    """Every image of folder/kind as one uint8 array; all must have one size and `mode`."""
-    arrays = []
-    for name in names(folder):
-        path = Path(folder) / kind / f"{name}.png"
-        try:
-            with Image.open(path) as image:
-                array = np.array(image) if image.mode == mode else None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); prepare the data again") from None
-        if array is None or (arrays and array.shape != arrays[0].shape):
-            raise UserError(f"{path}: not a {mode} image of its folder's size; "
-                            "prepare the data again")
-        arrays.append(array)
-    return np.stack(arrays)
+def files_of(folder, kind="images"):
+    """The files of a split folder's images or labels, in the order of names()."""
+    return [Path(folder) / kind / f"{name}.png" for name in names(folder)]
 
 
 def load_images(folder):
     """All images of a split folder, in the order of names(): uint8 tensor [N, 3, H, W]."""
-    import torch
-    return torch.from_numpy(read_stack(folder, "images", "RGB")).permute(0, 3, 1, 2).contiguous()
+    return read_stack(files_of(folder), "RGB")
 
 
 def load_labels(folder):
     """All labels of a split folder, in the order of names(): trainIds, uint8 [N, H, W]."""
-    import torch
-    return torch.from_numpy(read_stack(folder, "labels", "P"))
+    return read_stack(files_of(folder, "labels"), "P")
+
+
+def check_domains(folder, domains, splits):
+    """UserError unless these domains below `folder` can be compared: images of one size and, where
+    refine.py made one, the names and the very images of today's synthetic/."""
+    sizes = {}
+    for here in [folder / domain / split for domain in domains for split in splits]:
+        sizes[here] = read_stack(files_of(here)[:1], "RGB").shape[2:]
+        first = next(iter(sizes))
+        if sizes[here] != sizes[first]:
+            raise UserError("{}: images are {} x {}, those of {} are {} x {}; prepare both with "
+                            "one --size".format(here, *sizes[here], first, *sizes[first]))
+        source, record = folder / "synthetic" / here.name, here.parent / "refine.json"
+        if record.is_file() and (source / "images").is_dir():
+            made_of = read_record(record).get("source_sha256", {}).get(here.name)
+            if names(here) != names(source) or made_of and made_of != sha256_of(files_of(source)):
+                raise UserError(f"{here.parent}: was refined from other images than those in "
+                                f"{source.parent} today; run refine.py again")
 
 
 # ------------------------------------------------------------------ finding the raw frames
 
 
-class Frame(NamedTuple):
-    """One raw frame. `label` is None where there is none; `ids`: which ids its pixels are."""
-    name: str
-    image: Path
-    label: Path | None
-    ids: str
-
-
-def images_below(folder):
-    """Every PNG or JPEG below `folder`, sorted; raises UserError if there is none."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
-    if not found:
-        raise UserError(f"{folder}: no images (*.png, *.jpg, *.jpeg, any case) in or below it")
-    return found
-
-
-def find_folder(images, labels=None, ids="labelIds"):
-    """Frames of any image folder; the label of a/b.jpg is labels/a/b.png (or none at all)."""
-    frames, skipped = [], []
-    seen, label_of = {}, {}
-    images, labels = Path(images), labels and Path(labels)
-    if labels:
-        if not labels.is_dir():
-            raise UserError(f"{labels}: no such folder of labels")
-        label_of = {p.relative_to(labels).with_suffix(""): p
-                    for p in sorted(labels.rglob("*")) if p.suffix.lower() == ".png"}
-    for path in images_below(images):
-        relative = path.relative_to(images).with_suffix("")
-        name = "_".join(relative.parts)
-        if name in seen:
-            raise UserError(f"{path} and {seen[name]} would both become {name}.png; rename one")
-        seen[name] = path
-        label = label_of.pop(relative, None)
-        if labels and not label:
-            skipped.append((path, f"no label {labels / relative}.png"))
-        else:
-            frames.append(Frame(name, path, label, ids))
-    return frames, skipped + [(path, "a label without an image") for path in label_of.values()]
-
-
-def find_gta5(root):
-    """GTA-V: images/NNNNN.png with labels/NNNNN.png; without a labels folder, images only."""
-    root = Path(root)
-    if not (root / "images").is_dir():
-        raise UserError(f"{root}: no images/ folder in it; --gta5 wants images/ and labels/")
-    labels = root / "labels" if (root / "labels").is_dir() else None
-    return find_folder(root / "images", labels)
-
-
-def find_cityscapes(root, split):
-    """Cityscapes: leftImg8bit/SPLIT/CITY/*_leftImg8bit.png with gtFine/.../*_labelIds.png."""
-    root = Path(root)
-    if not (root / "leftImg8bit" / "train").is_dir():
-        raise UserError(f"{root}: no leftImg8bit/train/ in it; --cityscapes wants the folder "
-                        "that holds leftImg8bit/ and gtFine/")
-    frames, skipped = [], []
-    has_labels = (root / "gtFine").is_dir()
-    for path in images_below(root / "leftImg8bit" / split):
-        name = path.stem.removesuffix("_leftImg8bit")
-        label = root / "gtFine" / split / path.parent.name / f"{name}_gtFine_labelIds.png"
-        if has_labels and not label.is_file():
-            skipped.append((path, f"no label {label}"))
-        else:
-            frames.append(Frame(name, path, label if has_labels else None, "labelIds"))
-    return frames, skipped
-
-
-def hold_out(frames, count, rng, domain):
-    """Split frames at random into (rest, `count` test frames), both sorted."""
-    if count >= len(frames):
-        raise UserError(f"the {domain} frames: --test {count} leaves none of its {len(frames)} "
-                        "frames to train on; give a smaller --test")
-    order = rng.permutation(len(frames))
-    return sorted(frames[i] for i in order[count:]), sorted(frames[i] for i in order[:count])
-
-
-def take(frames, count, rng):
-    """`count` frames at random (all if count is None), sorted."""
-    if count is None:
-        return frames
-    return sorted(frames[i] for i in rng.permutation(len(frames))[:count])
+class Part(NamedTuple):
+    """One split to be made: `wanted` usable frames (None: all), tried in this order."""
+    frames: list
+    wanted: int | None
 
 
 def find(domain, args):
-    """Raw frames of a domain: (training frames, official test frames or None, pairs of which a
-    half is missing)."""
+    """What there is of a domain to train on and, if the data set says so, to test on, or None."""
     if domain == "synthetic" and args.gta5:
-        frames, bad = find_gta5(args.gta5)
-        return frames, None, bad
+        return find_gta5(args.gta5, args.label_ids), None
     if domain == "real" and args.cityscapes:
-        train, bad = find_cityscapes(args.cityscapes, "train")
-        if not (Path(args.cityscapes) / "leftImg8bit" / "val").is_dir():
-            return train, None, bad
-        test, more = find_cityscapes(args.cityscapes, "val")
-        return train, test, bad + more
+        train = find_cityscapes(args.cityscapes, "train", args.label_ids)
+        if not (args.cityscapes / "leftImg8bit" / "val").is_dir():
+            return train, None
+        return train, find_cityscapes(args.cityscapes, "val", args.label_ids)
     folders = getattr(args, domain)
     if not folders:
         raise UserError(f"nothing for the {domain} domain: give --gta5 and --cityscapes, "
                         "--synthetic and --real, or --demo")
-    frames, bad = find_folder(*folders, ids=args.label_ids)
-    return frames, None, bad
+    images, labels = (*folders, None)[:2]
+    return find_folder(images, labels, args.label_ids), None
+
+
+def split(domain, train, test, args, rng):
+    """The test part and the training part of a domain, frames in random order. Without official
+    test frames some are held out: 200 or a fifth."""
+    if test is None:
+        n = args.test or min(200, max(len(train) // 5, min(3, len(train) // 2)))
+        if not 0 < n < len(train):
+            raise UserError(f"the {domain} frames: --test {n} leaves none of its {len(train)} "
+                            "frames to train on; give a smaller --test")
+        order = rng.permutation(len(train))
+        held_out = Part([train[i] for i in order], n)         # the rest, should one be unusable
+        train = sorted(train[i] for i in order[n:])
+    if args.limit:
+        train = [train[i] for i in rng.permutation(len(train))]
+    if test is not None:
+        order = rng.permutation(len(test))
+        held_out = Part([test[i] for i in order], args.test or min(200, len(test)))
+    return held_out, Part(train, args.limit)
 
 
 def plan(args):
-    """Which raw frame goes where: {(domain, split): frames}, and what is skipped."""
-    frames, skipped = {}, []
+    """Which raw frame goes where: {(domain, split): Part}, and all that was Found."""
+    parts, found = {}, Found([], [], Counter())
     for domain, stream in (("synthetic", 0), ("real", 2)):
         rng = np.random.default_rng([args.seed, stream])          # another one per domain
-        train, test, bad = find(domain, args)
-        if not train:
-            raise UserError(f"the {domain} frames: none has its label; {bad[0][0]}: {bad[0][1]}")
-        if test is None:                                  # no official split: hold some out
-            train, test = hold_out(train, args.test, rng, domain)
-        elif len(test) < args.test:
-            raise UserError(f"the {domain} frames: --test {args.test}, but val/ has {len(test)}")
-        frames[domain, "train"] = take(train, args.limit, rng)
-        frames[domain, "test"] = take(test, args.test, rng)
-        skipped += bad
-    return frames, skipped
+        train, test = find(domain, args)
+        for some in filter(None, (train, test)):
+            if not some.frames:
+                file, why = some.skipped[0]
+                raise UserError(f"the {domain} frames: none has its label; {file}: {why}")
+            found.frames.extend(some.frames)
+            found.skipped.extend(some.skipped)
+            found.unread.update(some.unread)
+        parts[domain, "test"], parts[domain, "train"] = split(
+            domain, train.frames, test and test.frames, args, rng)
+    return parts, found
 
 
 def plan_demo(args):
     """What `plan` returns for the toy town: frame i of a split is drawn from its number."""
-    frames = {}
+    parts = {}
     for domain in ("synthetic", "real"):
-        for split, count in (("train", args.limit or 600), ("test", args.test)):
-            frames[domain, split] = [Frame(f"{i:05d}", None, None, None) for i in range(count)]
-    return frames, []
+        for part, count in (("test", args.test or 200), ("train", args.limit or 600)):
+            frames = [Frame(f"{i:05d}", Path(part), None, None) for i in range(count)]
+            parts[domain, part] = Part(frames, count)
+    return parts, Found(sum((part.frames for part in parts.values()), []), [], Counter())
 
 
 # ------------------------------------------------------------------------- making one frame
 
 
-def read_rgb(path):
-    """An image file as RGB, turned upright if a camera noted how it was held.
-
-    Grey, palette and opaque RGBA are converted. CMYK (no profile says which colours), 16-bit
-    grey (any range) and what is transparent (no picture there) are refused: ValueError."""
-    with Image.open(path) as image:
-        if image.mode not in ("RGB", "L", "P", "RGBA", "LA", "1"):
-            raise ValueError(f"image mode {image.mode}, wanted 8-bit RGB")
-        if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
-            raise ValueError("it has transparent pixels, wanted an opaque image")
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def read_label(path, ids):
-    """A label file as trainIds (PIL mode L). Its pixel VALUES are ids: never convert colours."""
-    with Image.open(path) as image:
-        if image.mode not in ("P", "L"):
-            raise ValueError(f"label mode {image.mode}, wanted 8-bit ids (palette or grey)")
-        label = LOOKUP[ids][np.array(image)]
-        if (label == UNKNOWN).any():
-            bad = np.unique(np.array(image)[label == UNKNOWN])
-            raise ValueError(f"label ids {', '.join(map(str, bad[:5]))} are not {ids}")
-        return Image.fromarray(label)
+class Made(NamedTuple):
+    """What came of a frame: pixels a class, int [classes + 1], the last is void; the highest
+    labelId in it, if that is what it holds; or why it was skipped."""
+    pixels: np.ndarray | None = None
+    highest: int = 255
+    why: str | None = None
 
 
 def crop_and_resize(image, crop, size, resample):
@@ -282,96 +196,126 @@ def crop_and_resize(image, crop, size, resample):
     return image.resize((size[1], size[0]), resample)
 
 
-def save_pair(folder, name, image, label):
-    """Write one prepared pair; return its pixels per class, int [20] (the last is void)."""
+def save_pair(folder, name, image, label, args):
+    """Write one prepared pair; return its pixels per class, int [classes + 1], the last is void."""
     write_png(folder / "images" / f"{name}.png", image)
-    counts = np.zeros(20, np.int64)
+    count = len(args.table)
+    pixels = np.zeros(count + 1, np.int64)
     if label is not None:
-        counts[:19] = np.bincount(np.array(label).ravel(), minlength=256)[:19]
-        counts[19] = label.width * label.height - counts.sum()
-        label.putpalette(PALETTE.ravel().tolist())
+        pixels[:count] = np.bincount(np.array(label).ravel(), minlength=256)[:count]
+        pixels[count] = label.width * label.height - pixels.sum()
+        label.putpalette(palette_of(args.table).ravel().tolist())
         write_png(folder / "labels" / f"{name}.png", label)
-    return counts
+    return pixels
 
 
-def make_frame(job, args):
-    """Prepare one raw frame: (pixels per class, None), or (None, why it was skipped)."""
-    (domain, split), frame = job
-    crop = args.crop
+def make_frame(frame, folder, args):
+    """Prepare one raw frame; returns a Made, with the reason if it is skipped."""
+    crop, highest = args.crop, 255
     try:
-        image = read_rgb(frame.image)
-        label = read_label(frame.label, frame.ids) if frame.label else None
-        if label and label.size != image.size:
-            raise ValueError("image is {}x{}, label is {}x{}".format(*image.size, *label.size))
+        if len(f"{frame.name}.png.tmp".encode()) > 255:
+            raise ValueError("its name is too long, with its folders, for a file system")
+        image, label = read_rgb(frame.image), None
+        if frame.label:
+            if is_turned(frame.image):
+                raise ValueError("EXIF turns it, but not its label; turn both and save them anew")
+            label, highest = read_label(frame.label, frame.ids or "labelIds", args.table)
+            if label.size != image.size:
+                raise ValueError("image is {}x{}, label is {}x{}".format(*image.size, *label.size))
         if crop and (crop[0] + crop[2] > image.height or crop[1] + crop[3] > image.width):
             raise ValueError(f"--crop {' '.join(map(str, crop))} does not fit into "
                              f"{image.width}x{image.height}; try --crop none")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return None, str(error)
+    except UNREADABLE as error:
+        if args.strict:
+            raise UserError(f"{frame.image}: {error} (--strict)") from None
+        return Made(why=str(error))
     # Antialias the image (BILINEAR of PIL does), or the stride shows as a style of its own.
     image = crop_and_resize(image, crop, args.size, Image.BILINEAR)
     label = label and crop_and_resize(label, crop, args.size, Image.NEAREST)
-    return save_pair(args.out / domain / split, frame.name, image, label), None
+    return Made(save_pair(folder, frame.name, image, label, args), highest)
 
 
-def make_toy(job, args):
+def make_toy(frame, folder, args):
     """Draw one toy scene, a pure function of domain, name and seed; see support/toytown.py."""
-    (domain, split), frame = job
-    number = (args.seed, split == "test", int(frame.name))
-    image, label = map(Image.fromarray, toytown.draw(domain, number, args.size))
-    return save_pair(args.out / domain / split, frame.name, image, label), None
+    number = (args.seed, folder.name == "test", int(frame.name))
+    image, label = map(Image.fromarray, toytown.draw(folder.parent.name, number, args.size))
+    return Made(save_pair(folder, frame.name, image, label, args))
+
+
+def make_domain(domain, parts, args):
+    """Make the test frames of a domain, then those to train on; the next one replaces a bad one.
+    Returns {split: {name: Made}} of the usable, and [(file, why it was skipped)]."""
+    done, skipped, tried = {}, [], set()
+    for split in ("test", "train"):
+        folder, part = args.out / domain / split, parts[domain, split]
+        for kind in ("images", "labels"):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+        frames = {frame.name: frame for frame in part.frames if frame not in tried}
+        wanted = len(frames) if part.wanted is None else part.wanted
+        make = partial(make_toy if args.demo else make_frame, folder=folder, args=args)
+        made = usable(make, list(frames.values()), wanted, args.workers)
+        done[split] = {name: one for name, one in made.items() if not one.why}
+        skipped += [(frames[name].image, one.why) for name, one in made.items() if one.why]
+        tried.update(frames[name] for name in made)
+        if not done[split]:
+            raise UserError(f"{domain}/{split}: all of its frames were skipped, the last because: "
+                            "{}: {}".format(*skipped[-1]))
+        for file in folder.glob("*/*.png*"):         # what an earlier run or a killed one has left
+            if file.suffix != ".png" or file.stem not in done[split]:
+                file.unlink()
+    check_labels(domain, [*done["test"].values(), *done["train"].values()], args.label_ids)
+    return done, skipped
 
 
 # ------------------------------------------------------------------------------------ main
 
 
-def check_settings(path, settings):
-    """Refuse to mix two settings in one folder; the same settings just run again."""
-    for domain in ("synthetic", "real"):
-        if (path.parent / domain).exists() and not path.is_file():
-            raise UserError(f"{path.parent / domain}: is there, but was not made by prepare.py "
-                            "(no prepare.json beside it); choose another --out")
-    old = read_record(path).get("settings", {}) if path.is_file() else settings
-    changed = [k for k in settings if old.get(k) != settings[k]]
-    if changed and any(path.parent.glob("*/*/images/*.png")):
-        raise UserError(f"{path.parent} was prepared with {changed[0]} = {old.get(changed[0])}, "
-                        f"not {settings[changed[0]]}; choose another --out or delete it")
-
-
-def summarise(made, totals, skipped, out):
+def summarise(done, parts, found, record, args):
     """Print frames per domain and split, the share of pixels per class, and what was skipped."""
-    print(f"{'frames':15s}" + "".join(f"{'/'.join(key):>18s}" for key in made))
-    print(" " * 15 + "".join(f"{len(some):18d}" for some in made.values()))
-    for i, name in enumerate(CLASSES + ["(void)"]):
+    totals, counts = {}, {}
+    for key, made in done.items():
+        counts[key] = str(len(made))
+        totals[key] = sum(one.pixels for one in made.values())
+    print(f"{'frames':15s}" + "".join(f"{'/'.join(key):>18s}" for key in done))
+    print(" " * 15 + "".join(f"{count:>18s}" for count in counts.values()))
+    for i, name in enumerate([row[0] for row in args.table] + ["(void)"]):
         shares = [100 * total[i] / max(total.sum(), 1) for total in totals.values()]
         print(f"{name:15s}" + "".join(f"{share:17.2f}%" for share in shares))
-    for path, why in skipped[:5]:
-        print(f"skipped {path}: {why}")
-    print(f"{len(skipped)} frames skipped (all listed in {out / 'prepare.json'})")
+    for key, part in parts.items():
+        if part.wanted and len(done[key]) < part.wanted:
+            print(f"{'/'.join(key)}: asked {part.wanted}, got {len(done[key])}")
+    for file, why in found.skipped[:5]:
+        print(f"skipped {file}: {why}")
+    print(f"{record['not_asked']} frames not asked for (--test, --limit); {len(found.skipped)} "
+          f"frames skipped (all listed in {args.out / 'prepare.json'}); files not read: "
+          f"{by_ending(found.unread)}")
     if any(not total.sum() for total in totals.values()):
         print("a domain has no labels: it can be refined and evaluated, but not segmented")
-    print(f"done: {out}/")
+    print(f"done: {args.out}/")
 
 
 def arguments():
     p = parser(__doc__)
-    folder = {"type": os.path.expanduser, "metavar": "DIR"}
+    folder = {"type": path_of, "metavar": "DIR"}
     p.add_argument("--gta5", **folder, help="folder with images/ and labels/")
     p.add_argument("--cityscapes", **folder, help="folder with leftImg8bit/ and gtFine/")
     p.add_argument("--synthetic", nargs="+", **folder, help="IMAGES [LABELS] of any source")
     p.add_argument("--real", nargs="+", **folder, help="IMAGES [LABELS] of any source")
     p.add_argument("--demo", action="store_true", help="draw a toy town instead")
-    p.add_argument("--out", type=Path, default=Path("data"), help="where the data goes")
+    p.add_argument("--out", type=path_of, default=Path("data"), help="where the data goes")
     p.add_argument("--size", type=positive(int), nargs=2, default=[80, 160],
                    metavar=("H", "W"), help="(paper) size of every image")
     p.add_argument("--crop", nargs="+", default=["200", "600", "400", "600"],
                    metavar="N", help="(paper) TOP LEFT HEIGHT WIDTH, or none")
-    p.add_argument("--test", type=positive(int), default=200, help="(paper) test frames a domain")
+    p.add_argument("--test", type=positive(int), help="(paper) test frames a domain "
+                   "(default: 200, or a fifth of all if that is less)")
     p.add_argument("--limit", type=positive(int), help="training frames a domain, at most; "
                    "all if not given (--demo: 600)")
-    p.add_argument("--label-ids", choices=["labelIds", "trainIds"], default="labelIds",
-                   help="ids in the LABELS of --synthetic and --real")
-    p.add_argument("--workers", type=positive(int), default=os.cpu_count(), help="processes")
+    p.add_argument("--label-ids", choices=["labelIds", "trainIds"],
+                   help="what the labels hold (default: labelIds)")
+    p.add_argument("--classes", type=path_of, metavar="FILE", help="names of your own classes, one "
+                   "a line; the labels of --synthetic and --real hold line numbers from 0, or 255")
+    p.add_argument("--workers", type=positive(int), default=cpus(), help="processes")
     p.add_argument("--strict", action="store_true", help="stop at the first bad frame")
     args = p.parse_args()
     check_flags(p, args)
@@ -393,76 +337,61 @@ def check_flags(p, args):
         p.error("--demo draws its own data: leave the folders away")
     if args.gta5 and args.synthetic or args.cityscapes and args.real:
         p.error("--gta5 or --synthetic, --cityscapes or --real: one source a domain")
+    if args.classes and (args.gta5 or args.cityscapes or args.demo or args.label_ids):
+        p.error("--classes goes with --synthetic and --real, whose labels hold its numbers")
     for flag in ("synthetic", "real"):
         if len(getattr(args, flag) or [1]) > 2:
             p.error(f"--{flag} wants one or two folders: IMAGES [LABELS]")
 
 
-def make_all(make, frames, args, skipped):
-    """Make every frame; appends to `skipped`. Returns, for every (domain, split), the set of names
-    that were made and the pixels per class, int [20]."""
-    made, totals, jobs = {}, {}, []
-    for key, some in frames.items():
-        made[key], totals[key] = set(), np.zeros(20, np.int64)
-        jobs += [(key, frame) for frame in some]
-    results = in_parallel(partial(make, args=args), jobs, args.workers)
-    for (key, frame), (pixels, why) in zip(jobs, results):
-        if why and args.strict:
-            raise UserError(f"{frame.image}: {why} (--strict)")
-        if why:
-            skipped.append((frame.image, why))
-        else:
-            made[key].add(frame.name)
-            totals[key] += pixels
-    for key, names_made in made.items():
-        if not names_made:
-            raise UserError(f"{'/'.join(key)}: all of its frames were skipped, the last because: "
-                            f"{skipped[-1][0]}: {skipped[-1][1]}")
-    return made, totals
-
-
-def remove_others(out, made):
-    """Delete what an earlier run left on other frames, or a killed one as .png.tmp."""
-    for (domain, split), names_made in made.items():
-        for path in (out / domain / split).glob("*/*.png*"):
-            if path.suffix != ".png" or path.stem not in names_made:
-                path.unlink()
+def settings_of(args):
+    """What decides the data, as text."""
+    settings = {}
+    for flag, value in vars(args).items():
+        if flag not in ("workers", "strict", "out"):
+            settings[flag] = str([str(v) for v in value] if flag in ("synthetic", "real") and value
+                                 else value)
+    return {**settings, "test": str(args.test or 200), "label_ids": args.label_ids or "labelIds"}
 
 
 def main():
     args = arguments()
+    settings = settings_of(args)
+    args.table = read_classes(args.classes) if args.classes else TABLE
+    if args.classes:
+        args.label_ids = "trainIds"
 
     # 1. Which raw frame goes where.
-    frames, skipped = plan_demo(args) if args.demo else plan(args)
-    if args.strict and skipped:
-        raise UserError(f"{skipped[0][0]}: {skipped[0][1]} (--strict)")
-    count = sum(map(len, frames.values()))
-    print(f"prepare.py: {count} frames -> {args.out}/, {args.size[0]} x {args.size[1]}, "
-          f"crop {args.crop or 'none'}, seed {args.seed}, {args.workers} processes")
+    parts, found = plan_demo(args) if args.demo else plan(args)
+    if args.strict and found.skipped:
+        raise UserError("{}: {} (--strict)".format(*found.skipped[0]))
+    print(f"prepare.py: {len(found.frames)} frames -> {args.out}/, {args.size[0]} x "
+          f"{args.size[1]}, crop {args.crop or 'none'}, seed {args.seed}, {args.workers} "
+          f"processes, to test on: {parts['synthetic', 'test'].wanted} synthetic, "
+          f"{parts['real', 'test'].wanted} real (--test)")
 
     # 2. A folder for them, which says that it is not finished.
-    settings = {k: str(v) for k, v in vars(args).items() if k not in ("workers", "strict", "out")}
     lock(args.out)
     check_settings(args.out / "prepare.json", settings)
-    record = {"settings": settings, "finished": False}
+    record = {"settings": settings, "finished": False, "classes": [row[0] for row in args.table]}
     write_json(args.out / "prepare.json", record)
-    for domain, split in frames:
-        for kind in ("images", "labels"):
-            (args.out / domain / split / kind).mkdir(parents=True, exist_ok=True)
 
     # 3. Crop, resize and relabel every frame.
-    make = make_toy if args.demo else make_frame
-    made, totals = make_all(make, frames, args, skipped)
-    remove_others(args.out, made)
+    done, held_out, bad = {}, {}, []
+    for domain in ("synthetic", "real"):
+        made, skipped = make_domain(domain, parts, args)
+        done[domain, "train"], done[domain, "test"] = made["train"], made["test"]
+        held_out[domain] = sorted(made["test"])
+        bad += skipped
 
     # 4. What came of it.
-    held_out = {}
-    for domain in ("synthetic", "real"):
-        held_out[domain] = [frame.name for frame in frames[domain, "test"]]
-    record.update(finished=True, counts={"/".join(key): len(n) for key, n in made.items()},
-                  held_out=held_out, skipped=[f"{path}: {why}" for path, why in skipped])
+    counts = {"/".join(key): len(made) for key, made in done.items()}
+    not_asked = len(found.frames) - sum(counts.values()) - len(bad)
+    found.skipped.extend(bad)
+    record.update(finished=True, counts=counts, held_out=held_out, not_asked=not_asked,
+                  not_read=found.unread, skipped=[f"{file}: {why}" for file, why in found.skipped])
     write_json(args.out / "prepare.json", record)
-    summarise(made, totals, skipped, args.out)
+    summarise(done, parts, found, record, args)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torchvision.datasets import Cityscapes
 
-from prepare import (CLASSES, IGNORE, LOOKUP, PALETTE, crop_and_resize, load_images,
+from prepare import (CLASSES, IGNORE, PALETTE, TABLE, crop_and_resize, load_images,
                      load_labels, names, read_rgb)
 from support.cli import UserError
+from support.raw import lookup
 
 SCRIPT = Path(__file__).resolve().parents[1] / "prepare.py"
 SMALL = ["--crop", "none", "--size", "24", "48", "--test", "3"]
@@ -110,17 +111,17 @@ def test_classes_are_those_of_cityscapes():
 def test_label_ids_become_train_ids():
     """19 labelIds have a class; the others, polegroup (18) and licence plate (34, or -1 = 255)
     among them, are void. 35 to 254 are in no table and must be refused, not made void."""
-    lookup = LOOKUP["labelIds"]
+    known = lookup("labelIds", TABLE)
     for label_id in [*range(35), 255]:
-        assert lookup[label_id] == OFFICIAL.get(label_id, IGNORE)
-    assert not set(lookup[35:255]) & {*range(19), IGNORE}
+        assert known[label_id] == OFFICIAL.get(label_id, IGNORE)
+    assert not set(known[35:255]) & {*range(19), IGNORE}
 
 
 def test_train_ids_stay():
     """Labels that hold trainIds already: 0..18 and 255, nothing else."""
-    lookup = LOOKUP["trainIds"]
-    assert lookup[:19].tolist() == list(range(19)) and lookup[255] == IGNORE
-    assert not set(lookup[19:255]) & {*range(19), IGNORE}
+    known = lookup("trainIds", TABLE)
+    assert known[:19].tolist() == list(range(19)) and known[255] == IGNORE
+    assert not set(known[19:255]) & {*range(19), IGNORE}
 
 
 # --------------------------------------------------------------------------- crop and resize
@@ -469,6 +470,13 @@ def damaged(suffix, keep):
     return file.getvalue()[:keep]
 
 
+def several(n):
+    """The bytes of a GIF of n pictures."""
+    file = io.BytesIO()
+    noise("P").save(file, "GIF", save_all=True, append_images=[noise("P", i) for i in range(1, n)])
+    return file.getvalue()
+
+
 DEEP = Image.fromarray(np.full((48, 64), 3000, np.uint16))
 # The table of bad (and good) input. File name of the image: image, label (as bytes or PIL), and
 # words of the reason for which the pair is skipped; none for a pair that must be taken.
@@ -482,7 +490,7 @@ FRAMES = {
     "PHOTO Ä 東京.JPG": (noise("RGB"), ids(), ""),
     "PHOTO.JPEG": (noise("L"), ids(), ""),
     "holed.png": (holed(noise("RGB")), ids(), "transparent"),
-    "deep.png": (DEEP, ids(), "mode I;16 8-bit"),
+    "deep.png": (DEEP, ids(), "mode I 8-bit"),
     "cmyk.jpg": (noise("CMYK"), ids(), "CMYK RGB"),
     "zero.png": (b"", ids(), "cannot identify"),
     "text.png": (b"this is no image", ids(), "cannot identify"),
@@ -491,10 +499,16 @@ FRAMES = {
     "head only.png": (damaged(".png", 40), ids(), "cannot identify"),
     "wide.png": (noise("RGB", size=(48, 80)), ids(), "80x48 64x48"),
     "zero label.png": (noise("RGB"), b"", "cannot identify"),
-    "rgb label.png": (noise("RGB"), ids("RGB"), "label mode RGB ids"),
+    "equal channels label.png": (noise("RGB"), ids("RGB"), ""),
+    "16 bit label.png": (noise("RGB"), Image.fromarray(np.full((48, 64), 7, np.uint16)), ""),
+    "rgb label.png": (noise("RGB"), noise("RGB"), "label mode RGB ids"),
+    "binary label.png": (noise("RGB"), ids().convert("1"), "label mode 1"),
+    "lossy label.png": (noise("RGB"), damaged(".jpg", None), "label JPEG PNG"),
+    "two.gif": (several(2), ids(), "2 pictures"),
+    "n" * 248 + ".png": (noise("RGB"), ids(), "name too long"),
     "alpha label.png": (noise("RGB"), ids("LA"), "label mode LA"),
     "rgba label.png": (noise("RGB"), ids("RGBA"), "label mode RGBA"),
-    "deep label.png": (noise("RGB"), DEEP, "label mode I;16"),
+    "deep label.png": (noise("RGB"), DEEP, "label ids 3000"),
     "unknown ids.png": (noise("RGB"), ids(value=77), "label ids 77 are not labelIds"),
     "no label.png": (noise("RGB"), None, "no label"),
     "alone.png": (None, ids(), "label without an image"),
@@ -518,7 +532,7 @@ def test_the_table_of_bad_input(tmp_path):
         draw(root / "real" / f"{i}.png", i)
     before = files(root)
     text = good("--synthetic", root / "images", root / "labels", "--real", root / "real",
-                "--out", tmp_path / "out", *SMALL[:-1], 8)
+                "--out", tmp_path / "out", "--label-ids", "labelIds", *SMALL[:-1], 8)
     assert files(root) == before                                # nothing of the user's changed
     made = {n for s in ("train", "test") for n in names(tmp_path / "out/synthetic" / s)}
     assert made == {Path(name).stem for name, (*_, words) in FRAMES.items() if not words}

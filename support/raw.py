@@ -1,0 +1,498 @@
+"""Raw data as people have it: every file below a folder is found, or counted as not read.
+
+    Frame, Found                                an image with its label; what a data set holds
+    find_folder, find_gta5, find_cityscapes     the frames of a data set
+    read_rgb, read_ids                          one picture or label map, or why it cannot be used
+    read_label                                  its trainIds
+    read_record, check_settings, usable
+    read_stack, Images, sha256_of               what prepare.py has written
+    refined_names                               where what refine.py makes of pictures goes
+"""
+import hashlib
+import json
+import math
+import os
+import unicodedata
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from support.cli import UserError, cpus, in_parallel
+
+Image.init()
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}       # Pillow knows them by name only
+ENDINGS = {ending for ending, name in Image.registered_extensions().items()
+           if name in Image.OPEN and name not in NO_PICTURES}
+LOSSLESS = {"BMP", "GIF", "PNG", "PPM", "TIFF"}                    # pixel values come back as saved
+ORIENTATION = 0x0112                                               # EXIF: how a camera was held
+# What Pillow raises at a file that it cannot read.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+# Endings of label maps beside which another one may lie, and the folders of data sets.
+KINDS = ["labelIds", "labelTrainIds", "instanceIds", "color"]
+LABEL_FOLDERS = {"labels", "gtfine", "gtcoarse"}
+IMAGE_FOLDERS = {"images", "leftimg8bit"}
+
+
+class Frame(NamedTuple):
+    """One raw frame. `label` is None where there is none; `ids`: which ids its pixels are."""
+    name: str
+    image: Path
+    label: Path | None
+    ids: str | None
+
+
+class Found(NamedTuple):
+    """What lies in a data set: frames, [(file, why it is none)], {ending: files not read}."""
+    frames: list
+    skipped: list
+    unread: Counter
+
+
+# -------------------------------------------------------------------------- what lies below
+
+
+def files_below(folder, above=()):
+    """Every file below a folder but those whose name begins with a dot. Links are followed, unless
+    that would close a circle; `above` are the real paths on the way here."""
+    here, found = os.path.realpath(folder), []
+    if here in above:
+        return found
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            found += files_below(folder / entry.name, (*above, here))
+        else:
+            found.append(folder / entry.name)
+    return sorted(found)
+
+
+def pictures_below(folder):
+    """(every picture below a folder, sorted, how many other files there are of each ending)."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    pictures, others = [], Counter()
+    for path in files_below(folder):
+        if path.suffix.lower() in ENDINGS:
+            pictures.append(path)
+        else:
+            others[path.suffix.lower() or "without ending"] += 1
+    return pictures, others
+
+
+def only_photographs(folder, pictures):
+    """UserError if label maps are among the pictures of a folder that was given for its images."""
+    parents = {above for path in pictures for above in path.parents if above.is_relative_to(folder)}
+    for parent in sorted(parents - {folder}):
+        beside = {p.name.lower(): p for p in parent.parent.iterdir()}
+        meant = [beside[name] for name in IMAGE_FOLDERS & beside.keys()]
+        if parent.name.lower() in LABEL_FOLDERS and meant:
+            raise UserError(f"{folder}: holds label maps too, in {parent}; give {meant[0]}")
+    for path in pictures:
+        if path.stem.lower().endswith(tuple(f"_{kind}".lower() for kind in KINDS)):
+            raise UserError(f"{path}: is a label map, so {folder} is no folder of images alone; "
+                            "give the folder of the photographs")
+
+
+def key_of(path, folder):
+    """How an image and its label are found to belong together: the path below their folders, in
+    one form of Unicode and without the endings of data sets, and which kind of label it is."""
+    key = unicodedata.normalize("NFC", str(path.relative_to(folder).with_suffix("")))
+    kind = next((kind for kind in KINDS if key.endswith(f"_{kind}")), "")
+    key = key.removesuffix(f"_{kind}").removesuffix("_leftImg8bit")
+    return key.removesuffix("_gtFine"), kind
+
+
+def match_labels(keys, labels, ids):
+    """The label maps below the folder `labels` of the images that have these keys.
+
+    ids: what they hold, unless a name says labelTrainIds. Returns {key: (label, its ids)}, the
+    labels without an image, and how many other files there are, by ending."""
+    pictures, others = pictures_below(labels)
+    by_key = {}
+    for path in pictures:
+        key, kind = key_of(path, labels)
+        kinds = by_key.setdefault(key, {})
+        if kind not in kinds or path.suffix.lower() == ".png":
+            kinds[kind] = path
+    wanted = ["", "labelIds", "labelTrainIds"]
+    if ids == "trainIds":
+        wanted = wanted[::-1]
+    label_of, alone = {}, []
+    for key, kinds in by_key.items():
+        kind = next((kind for kind in wanted if kind in kinds), None)
+        if kind is None:
+            continue
+        if key in keys:
+            label_of[key] = kinds[kind], "trainIds" if kind == "labelTrainIds" else ids
+        elif kind == "":
+            alone.append(kinds[kind])
+    used = {path for path, _ in label_of.values()}.union(alone)
+    for path in set(pictures) - used:
+        kind = key_of(path, labels)[1]
+        others[f"_{kind}{path.suffix}" if kind else path.suffix.lower()] += 1
+    return label_of, alone, others
+
+
+# ------------------------------------------------------------------------------ the data sets
+
+
+def find_folder(images, labels, ids, short=False):
+    """Frames of any image folder; the label of a/b.jpg is labels/a/b.png (or none at all). Its name
+    becomes a_b, or b if `short`."""
+    pictures, unread = pictures_below(images)
+    if not pictures:
+        raise UserError(f"{images}: no images that Pillow reads in or below it")
+    only_photographs(images, pictures)
+    frames, skipped, label_of, taken = [], [], {}, {}
+    if labels:
+        if not labels.is_dir():
+            raise UserError(f"{labels}: no such folder of labels")
+        keys = {key_of(file, images)[0] for file in pictures}
+        label_of, alone, others = match_labels(keys, labels, ids)
+        unread += others
+    for file in pictures:
+        key, _ = key_of(file, images)
+        relative = unicodedata.normalize("NFC", str(file.relative_to(images).with_suffix("")))
+        name = Path(key).name if short else "_".join(Path(relative).parts)
+        if name in taken:
+            raise UserError(f"{file} and {taken[name]} would both become {name}.png; rename one")
+        taken[name] = file
+        if labels and key not in label_of:
+            skipped.append((file, f"no label {labels / key}.png"))
+        else:
+            frames.append(Frame(name, file, *label_of.get(key, (None, ids))))
+    if labels:
+        skipped += [(file, "a label without an image") for file in alone]
+    return Found(frames, skipped, unread)
+
+
+def find_gta5(root, ids):
+    """GTA-V: images/NNNNN.png with labels/NNNNN.png; without a labels folder, images only."""
+    if not (root / "images").is_dir():
+        raise UserError(f"{root}: no images/ folder in it; --gta5 wants images/ and labels/")
+    labels = root / "labels" if (root / "labels").is_dir() else None
+    return find_folder(root / "images", labels, ids)
+
+
+def find_cityscapes(root, split, ids):
+    """Cityscapes: leftImg8bit/SPLIT/CITY/*_leftImg8bit.png with gtFine/.../*_labelIds.png."""
+    if not (root / "leftImg8bit" / "train").is_dir():
+        raise UserError(f"{root}: no leftImg8bit/train/ in it; --cityscapes wants the folder "
+                        "that holds leftImg8bit/ and gtFine/")
+    labels = root / "gtFine" / split
+    if not labels.is_dir():
+        if (root / "gtFine").is_dir():
+            raise UserError(f"{labels}: is missing, but leftImg8bit/{split} is there; unpack all "
+                            "of gtFine_trainvaltest.zip")
+        if (root / "gtCoarse").is_dir():
+            raise UserError(f"{root}: has gtCoarse/ only, which leaves much unlabelled; unpack "
+                            "gtFine_trainvaltest.zip, or use its images alone: --real "
+                            f"{root / 'leftImg8bit/train'}")
+        labels = None
+    return find_folder(root / "leftImg8bit" / split, labels, ids, short=True)
+
+
+# ------------------------------------------------------------------------------- one picture
+
+
+def opened(path):
+    """Image.open of a file with one picture; ValueError if it has more, or is none."""
+    if not path.is_file():
+        raise ValueError("a broken link, or no file")
+    image = Image.open(path)
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":     # MPO: a camera's, and a
+        raise ValueError(f"has {image.n_frames} pictures, wanted one")  # second view of it
+    return image
+
+
+def is_turned(path):
+    """Whether a camera noted that the picture is to be turned."""
+    with opened(path) as image:
+        return image.getexif().get(ORIENTATION, 1) != 1
+
+
+def read_rgb(path):
+    """A picture as RGB, turned upright if a camera noted how it was held.
+
+    Grey, palette and opaque RGBA are converted. CMYK (no profile says which colours), 16-bit
+    grey (any range) and what is transparent (no picture there) are refused: ValueError."""
+    with opened(path) as image:
+        if image.mode not in ("RGB", "L", "P", "RGBA", "LA", "1"):
+            raise ValueError(f"image mode {image.mode}, wanted 8-bit RGB")
+        if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+            raise ValueError("it has transparent pixels, wanted an opaque image")
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def read_ids(path):
+    """A label map: its pixel values, uint8 [H, W], and their colours, uint8 [256, 3], if it has a
+    palette. Never a conversion of colours; equal channels and 16 bits hold ids as well."""
+    with opened(path) as image:
+        if image.format not in LOSSLESS or "jpeg" in str(image.info.get("compression")):
+            raise ValueError(f"a label in {image.format}, which does not keep pixel values; "
+                             "wanted PNG")
+        if image.mode not in ("P", "L", "RGB", "I", "I;16", "I;16B"):
+            raise ValueError(f"label mode {image.mode}, wanted ids (palette or grey)")
+        ids = np.array(image)
+        colours = np.zeros((256, 3), np.uint8) if image.mode == "P" else None
+        if image.mode == "P":
+            palette = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
+            colours[:len(palette)] = palette
+    if ids.ndim == 3:
+        if (ids != ids[..., :1]).any():
+            raise ValueError("label mode RGB, a picture of colours, wanted ids")
+        ids = ids[..., 0]
+    if ids.min() < 0 or ids.max() > 255:
+        raise ValueError(f"label ids up to {ids.max()}, wanted 0 to 255")
+    return ids.astype(np.uint8), colours
+
+
+# ---------------------------------------------------------------------------------- labels
+
+UNKNOWN = 254                                        # no trainId: such a frame is refused
+IGNORE = 255                                         # void: in no loss and no score
+# The colours of Cityscapes' labels that are void; black if not here. Pole and car share theirs.
+VOID_COLOURS = {5: (111, 74, 0), 6: (81, 0, 81), 9: (250, 170, 160), 10: (230, 150, 140),
+                14: (180, 165, 180), 15: (150, 100, 100), 16: (150, 120, 90), 18: (153, 153, 153),
+                29: (0, 0, 90), 30: (0, 0, 110), 34: (0, 0, 142)}
+
+
+def palette_of(table):
+    """The colours of a class table of rows (name, labelId, colour), by trainId: uint8 [256, 3]."""
+    palette = np.zeros((256, 3), np.uint8)
+    palette[:len(table)] = [colour for _, _, colour in table]
+    return palette
+
+
+def own_table(classes):
+    """A class table of these names: the line number is the id, any colour."""
+    colours = np.random.default_rng(3).integers(40, 256, (len(classes), 3)).tolist()
+    return tuple((name, i, tuple(colours[i])) for i, name in enumerate(classes))
+
+
+def read_classes(file):
+    """The class table of a --classes file, which has a name a line."""
+    lines = file.read_text(encoding="utf-8").strip().splitlines()
+    names = [line.strip() for line in lines]
+    if not 2 <= len(names) <= UNKNOWN or not all(names) or len(set(names)) < len(names):
+        raise UserError(f"--classes {file}: wanted 2 to {UNKNOWN} different names, one a line; the "
+                        "label of the first is 0, void is 255")
+    return own_table(names)
+
+
+def lookup(ids, table):
+    """Raw value -> trainId, uint8 [256]. ids: "trainIds", or Cityscapes' "labelIds", of which all
+    but those of the table are void."""
+    known = np.full(256, UNKNOWN, np.uint8)
+    known[255] = IGNORE
+    if ids == "trainIds":
+        known[:len(table)] = range(len(table))
+    else:
+        known[:35] = IGNORE
+        known[[label_id for _, label_id, _ in table]] = range(len(table))
+    return known
+
+
+def by_colour(values, colours, ids, table):
+    """trainIds as the colours of a palette say, or None where they say no more than `values`: all
+    that are used must be Cityscapes', and one at least not at its own place."""
+    official, meaning = palette_of(table), {(0, 0, 0): IGNORE}
+    if ids == "labelIds":
+        official = np.zeros((256, 3), np.uint8)
+        for label_id, colour in [*VOID_COLOURS.items(), *[row[1:] for row in table]]:
+            official[label_id] = colour
+    meaning.update(dict.fromkeys(VOID_COLOURS.values(), IGNORE))
+    meaning.update({colour: i for i, (_, _, colour) in enumerate(table)})
+    shown = {i: tuple(map(int, colours[i])) for i in np.unique(values)}
+    at_home = all(colour == tuple(official[i]) for i, colour in shown.items())
+    known = all(colour in meaning for colour in shown.values())
+    if at_home or not known or not any(map(any, shown.values())):
+        return None
+    train_id = np.zeros(256, np.uint8)
+    for i, colour in shown.items():
+        train_id[i] = meaning[colour]
+    return train_id[values]
+
+
+def by_grey(values, colours, valid):
+    """Label values that were greys before a program made a palette of them, or None: the greys must
+    differ, not all be black, and be `valid`, bool [256]."""
+    used = colours[np.unique(values)]
+    grey = used[:, 0]
+    if (used != used[:, :1]).any() or len(np.unique(grey)) < len(grey) or not grey.any():
+        return None
+    return colours[values][..., 0] if valid[grey].all() else None
+
+
+def read_label(file, ids, table):
+    """A label file as trainIds (PIL mode L), and its highest labelId (255: it holds none). The
+    values are the ids; but some programs sort a palette, and then its colours say what is meant."""
+    values, colours = read_ids(file)
+    known = lookup(ids, table)
+    if colours is not None:
+        label = by_colour(values, colours, ids, table)
+        if label is not None:
+            return Image.fromarray(label), 255
+        grey = by_grey(values, colours, known != UNKNOWN)
+        values = values if grey is None else grey
+    label = known[values]
+    if (label == UNKNOWN).any():
+        bad = np.unique(values[label == UNKNOWN])
+        raise ValueError(f"label ids {', '.join(map(str, bad[:5]))} are not {ids} of the "
+                         f"{len(table)} classes")
+    highest = 255 if ids == "trainIds" else int(values[values < 255].max(initial=0))
+    return Image.fromarray(label), highest
+
+
+def check_labels(domain, made, ids):
+    """UserError if the labels of a domain are no labelIds as it seems, and --label-ids is not
+    given; a warning if they are nearly all void. made: a prepare.Made of every frame."""
+    pixels = sum(one.pixels for one in made)
+    if max(one.highest for one in made) < 20 and ids is None:
+        raise UserError(f"the {domain} labels: no labelId above 19 in any of them (vegetation, "
+                        "sky, person, car ...), so they look like trainIds or a mask; say which "
+                        "by --label-ids trainIds (or labelIds)")
+    if pixels[-1] > 0.9 * pixels.sum() > 0:
+        print(f"warning: {domain}: {pixels[-1] / pixels.sum():.0%} of the pixels of its labels are "
+              "void; nothing can be learned from them. Do the labels hold what --label-ids or "
+              "--classes says?")
+
+
+# --------------------------------------------------------------------------------- records
+
+
+def read_record(file):
+    """The dict in a prepare.json or refine.json; UserError if there is none in it."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f"{file}: damaged; run prepare.py (or refine.py) again, prepare.py "
+                        "into another --out")
+    return record
+
+
+def check_settings(file, settings):
+    """Refuse to mix two settings in one folder; the same settings just run again."""
+    for domain in ("synthetic", "real"):
+        if (file.parent / domain).exists() and not file.is_file():
+            raise UserError(f"{file.parent / domain}: is there, but was not made by prepare.py "
+                            "(no prepare.json beside it); choose another --out")
+    old = read_record(file).get("settings", {}) if file.is_file() else {}
+    changed = [k for k in settings if k in old and old[k] != settings[k]]
+    if changed and any(file.parent.glob("*/*/images/*.png")):
+        raise UserError(f"{file.parent} was prepared with {changed[0]} = {old[changed[0]]}, "
+                        f"not {settings[changed[0]]}; choose another --out or delete it")
+
+
+def usable(make, frames, wanted, workers):
+    """Try frames in turn until `wanted` are usable: {name: what make(frame) has returned} of those
+    and of the bad before them, whose `why` says what is wrong."""
+    done, missing, round_ = {}, wanted, 0
+    while frames and missing:
+        some, frames = frames[:missing << round_], frames[missing << round_:]
+        for frame, made in zip(some, in_parallel(make, some, workers)):
+            if made.why or missing:
+                done[frame.name] = made
+                missing -= not made.why
+        round_ += 1                                  # more at once, should all of them be bad
+    return done
+
+
+# ------------------------------------------------------------------------ prepared images
+
+
+def read_png(file, mode):
+    """A prepared image, uint8 [3, H, W], or label, [H, W]; UserError if it has another mode."""
+    try:
+        with Image.open(file) as image:
+            array = np.array(image) if image.mode == mode else None
+    except UNREADABLE as error:
+        raise UserError(f"{file}: cannot be read ({error}); prepare the data again") from None
+    if array is None:
+        raise UserError(f"{file}: not a {mode} image; prepare the data again")
+    return np.moveaxis(array, -1, 0) if mode == "RGB" else array
+
+
+def read_stack(files, mode):
+    """Prepared images or labels of one size as one uint8 tensor, [N, 3, H, W] or [N, H, W]; all
+    processors decode into it. UserError if it does not fit into memory."""
+    import torch                                     # prepare.py itself needs none
+    first = read_png(files[0], mode)
+    check_memory(files[0].parent, (len(files), *first.shape))
+    stack = np.empty((len(files), *first.shape), np.uint8)
+
+    def fill(i):
+        array = read_png(files[i], mode)
+        if array.shape != first.shape:
+            raise UserError(f"{files[i]}: not of the size of {files[0].name}; prepare the data "
+                            "again")
+        stack[i] = array
+    with ThreadPoolExecutor(cpus()) as pool:
+        list(pool.map(fill, range(len(files))))
+    return torch.from_numpy(stack)
+
+
+class Images:
+    """Prepared images that are read a batch at a time, in place of a tensor."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def __len__(self):
+        return len(self.files)
+
+    def split(self, n):
+        """Like a tensor's: uint8 [n, 3, H, W] and so on, in order."""
+        for i in range(0, len(self), n):
+            yield read_stack(self.files[i:i + n], "RGB")
+
+
+def sha256_of(files):
+    """SHA-256 of the names and bytes of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def check_memory(folder, shape):
+    """UserError if uint8 images of this shape, [N, ...], do not fit into the free main memory."""
+    meminfo, needed = Path("/proc/meminfo"), math.prod(shape) / 1e9
+    if not meminfo.is_file():                                 # not Linux
+        return
+    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024 / 1e9
+    if needed > free:
+        raise UserError(f"{folder}: {shape[0]} images of {shape[-2]} x {shape[-1]} need "
+                        f"{needed:.1f} GB of memory, {free:.1f} GB are free; prepare fewer "
+                        "(--limit) or smaller ones (--size)")
+
+
+def refined_names(path, out):
+    """{where it goes below `out`, as PNG: picture} of a picture or of all below a folder, and how
+    many other files there are, by ending."""
+    folder, pictures, others = path.parent, [path], {}
+    if path.is_dir():
+        folder, (pictures, others) = path, pictures_below(path)
+    if not pictures or not pictures[0].exists():
+        raise UserError(f"{path}: no picture there")
+    file_of = {}
+    for file in pictures:
+        target = out / file.relative_to(folder).with_suffix(".png")
+        if target in file_of:
+            raise UserError(f"{file} and {file_of[target]} would both become {target}; rename one")
+        file_of[target] = file
+    return file_of, others
+
+
+def by_ending(others):
+    """What was not read, as text."""
+    return ", ".join(f"{n} {ending}" for ending, n in sorted(others.items())) or "none"
