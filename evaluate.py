@@ -19,10 +19,11 @@ from scipy.special import stdtrit
 
 from models import (fid, inception_features, jackknife_error, kid, leave_out, load_inception,
                     ssim)
-from prepare import load_images, names
-from support.cli import (UserError, announce, markdown_table, natural, parser, positive,
-                         provenance, start, writable, write_json, write_text)
-from support.training import add_device_flag, pick_device, sha256
+from prepare import check_domains, files_of, names
+from support.cli import (UserError, announce, markdown_table, natural, parser, path_of,
+                         positive, provenance, start, writable, write_json, write_text)
+from support.raw import Images
+from support.training import add_device_flag, add_inception_flag, pick_device, sha256
 
 PAPER = {"synthetic": (60.82, 0.0023), "pretrained": (56.89, 0.0025),         # Table 2
          "simgan": (57.04, 0.0025), "ours": (55.71, 0.0026)}
@@ -36,9 +37,8 @@ METRICS = ["fid", "kid", "ssim", "ssim_range1"]
 
 def measure(images, features, real, real_features, device):
     """The metrics of `images` against `real`: {metric: (value, leave_out values)}.
-
-    images, real: uint8 [N, 3, H, W], image i and real i being partners for SSIM; features
-    [N, 2048], or None for no FID and KID.
+    images, real: uint8 [N, 3, H, W] or Images, image i and real i being partners for SSIM;
+    features [N, 2048], or None for no FID and KID.
     """
     found = {}
     if features is not None:
@@ -65,10 +65,7 @@ def with_error(value, replicates):
 
 def difference(row, other):
     """`row` minus `other`, metric by metric, with paired errors: the images that both have in
-    common (the real ones; the scenes, if both are refined from one set) cancel.
-
-    "sure" is false where the 95 % interval contains 0: the difference is inside its error.
-    """
+    common cancel. "sure" is false where the 95 % interval contains 0."""
     result = {}
     for m in METRICS:
         if m in row and m in other:
@@ -81,7 +78,7 @@ def compare(rows, images, n):
     """Scores with their errors, and the differences: to the first row, and ours to simgan."""
     found = {"rows": {}, "differences": {}}
     for d, row in rows.items():
-        found["rows"][d] = {"n": n, "images_sha256": sha256(images[d]),
+        found["rows"][d] = {"n": n, "images_sha256": sha256(*images[d].split(64)),
                             "scores": {m: with_error(*s) for m, s in row.items()}}
     first, *others = rows
     for a, b in [(d, first) for d in others] + [("ours", "simgan")]:
@@ -93,13 +90,6 @@ def compare(rows, images, n):
 # -------------------------------------------------------------------------------- the report
 
 
-def interval(score):
-    """A score as "1.23 [1.15, 1.31]", its 95 % interval in brackets; "-" where there is none."""
-    if score is None:
-        return "-"
-    return f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]"
-
-
 def plus_minus(score, scale=1, digits=2, sign=""):
     """A score as "1.23 ± 0.04", its standard error; in brackets what is inside its error."""
     if score is None:
@@ -109,26 +99,25 @@ def plus_minus(score, scale=1, digits=2, sign=""):
 
 
 def cells(scores, sign=""):
-    """What both tables show of KID and SSIM."""
-    return [plus_minus(scores.get("kid"), 1000, 2, sign), plus_minus(scores["ssim"], 1, 4, sign),
-            plus_minus(scores["ssim_range1"], 1, 4, sign)]
+    """What both tables show of a row."""
+    return [plus_minus(scores.get("fid"), 1, 2, sign), plus_minus(scores.get("kid"), 1000, 2, sign),
+            plus_minus(scores["ssim"], 1, 4, sign), plus_minus(scores["ssim_range1"], 1, 4, sign)]
 
 
 def tables(record):
     """results/table2.md from the record in table2.json."""
     rows, differences = [], []
     for name, row in record["rows"].items():
-        scores, paper = row["scores"], PAPER.get(name, ("-", "-"))
-        rows.append([name, str(row["n"]), interval(scores.get("fid")), *cells(scores),
-                     *map(str, paper)])
+        paper = map(str, PAPER.get(name, ("-", "-")))
+        rows.append([name, str(row["n"]), *cells(row["scores"]), *paper])
     for name, d in record["differences"].items():
-        differences.append([name, plus_minus(d.get("fid"), sign="+"), *cells(d, "+")])
+        differences.append([name, *cells(d, "+")])
     columns = ["KID x 1000", "SSIM (L = 255)", "SSIM (L = 1)"]
     return "\n".join([
-        markdown_table(["images vs real", "N", f"{record['label']} [95 %]", *columns, "paper FID",
+        markdown_table(["images vs real", "N", record["label"], *columns, "paper FID",
                         "paper SSIM"], rows), "",
-        f"N = {record['n']} images on both sides of every row; ± is one standard error, [ ] a 95 % "
-        "interval (jackknife). It is the uncertainty at this N: FID's bias is not in it.", "",
+        f"N = {record['n']} images on both sides of every row; ± is one standard error "
+        "(jackknife) at this N: FID's bias is not in it.", "",
         markdown_table(["difference", "FID", *columns], differences), "",
         "Paired: the same real images and, where both have them, the same scenes. In brackets: "
         "0 is in the 95 % interval (which one in 20 misses by chance).", ""])
@@ -138,8 +127,9 @@ def weights_of(net, inception):
     """(label of the FID column, SHA-256 of the weights)."""
     labels = {"imagenet": "FID (torchvision's ImageNet weights)",
               "random": "random features, not an FID"}
-    return (labels.get(inception, f"FID ({Path(inception).name})"),
-            sha256(*net.state_dict().values()))
+    name = Path(inception).name
+    label = f"FID as pytorch-fid computes it ({name})" if net.is_pytorch_fid else f"FID ({name})"
+    return labels.get(inception, label), sha256(*net.state_dict().values())
 
 
 # ------------------------------------------------------------------------- the command
@@ -148,76 +138,62 @@ def weights_of(net, inception):
 def arguments():
     p = parser(__doc__)
     add_device_flag(p)
-    p.add_argument("--data", type=Path, default=Path("data"), help="what prepare.py made")
-    p.add_argument("--out", type=Path, default=Path("results"), help="where tables go")
-    p.add_argument("--inception", default="imagenet", help="imagenet, random or a file")
+    p.add_argument("--data", type=path_of, default=Path("data"), help="what prepare.py made")
+    p.add_argument("--out", type=path_of, default=Path("results"), help="where tables go")
+    add_inception_flag(p)
     p.add_argument("--n", type=positive(int), help="images a row; all test images if not given")
     p.add_argument("--pair-seed", type=natural, default=0, help="which real image is whose partner")
     return p.parse_args()
 
 
-def load_domains(folder):
-    """Test images of every domain under `folder`, in Table 2's order: {name: uint8 [N, ...]}.
-
-    Says which of Table 2's are missing; refuses domains whose file names differ, since their
-    rows could not be compared.
-    """
+def find_domains(folder):
+    """The names of the domains below `folder` but real, in Table 2's order; says which are missing.
+    UserError if their rows could not be compared."""
     found = sorted(p.parent.name for p in folder.glob("*/test") if p.parent.name != "real")
     if not found:
         raise UserError(f"{folder}: no domain folder with test/ in it; run prepare.py first")
     for missing in [d for d in PAPER if d not in found]:
         print(f"missing: {folder / missing}/ (its row is left out; refine.py makes it)")
-    domains = {}
-    for d in [d for d in PAPER if d in found] + [d for d in found if d not in PAPER]:
-        domains[d] = load_images(folder / d / "test")
-        first = next(iter(domains))
-        if names(folder / d / "test") != names(folder / first / "test"):
-            raise UserError(f"{folder / d}: its file names differ from {first}'s, so rows "
+    domains = [d for d in PAPER if d in found] + [d for d in found if d not in PAPER]
+    check_domains(folder, [*domains, "real"], ["test"])
+    for d in domains:
+        if names(folder / d / "test") != names(folder / domains[0] / "test"):
+            raise UserError(f"{folder / d}: its file names differ from {domains[0]}'s, so rows "
                             "cannot be compared; run refine.py again")
     return domains
 
 
-def check(domains, real, floor, args):
-    """How many images a row has; UserError when the folders do not fit each other."""
-    for d, x in domains.items():
-        if x.shape[1:] != real.shape[1:]:
-            raise UserError(f"{args.data / d}: images are {x.shape[2]} x {x.shape[3]}, real ones "
-                            f"{real.shape[2]} x {real.shape[3]}; prepare both with one --size")
-    if min(real.shape[2:]) < 11:
-        raise UserError(f"{args.data / 'real'}: images are {real.shape[2]} x {real.shape[3]}; "
-                        "SSIM's window needs 11 x 11")
-    smallest = min(map(len, [real, floor, *domains.values()]))
+def choose(folder, domains, args):
+    """n images of each row by chance: ({domain or FLOOR: Images}, real Images): the same scenes of
+    every domain, and the same reals as their partners in every row."""
+    scenes = names(folder / domains[0] / "test")
+    real, others = files_of(folder / "real/test"), files_of(folder / "real/train")
+    smallest = min(map(len, (scenes, real, others)))
     n = args.n or smallest
     if not 3 <= n <= smallest:
-        raise UserError(f"--n {n}: the smallest folder of {args.data} has {smallest} images, and "
+        raise UserError(f"--n {n}: the smallest folder of {folder} has {smallest} images, and "
                         "3 is the least that has a standard error")
     if n < 2000:
         print(f"warning: N = {n} is small for FID: its bias is about 1/N, so compare rows with "
               "each other and with the floor, never with other papers")
-    return n
+    random, chosen = np.random.default_rng(args.pair_seed), []
+    for some in (real, others, scenes):
+        chosen.append([some[i] for i in random.permutation(len(some))[:n]])
+    real, others, scenes = chosen
+    images = {}
+    for d in domains:
+        images[d] = Images([folder / d / f"test/images/{name}.png" for name in scenes])
+    return {**images, FLOOR: Images(others)}, Images(real)
 
 
-def choose(domains, real, floor, n, pair_seed):
-    """n images of each folder by chance: ({domain: images, FLOOR: other reals}, real).
-
-    The same scenes of every domain, and the same reals as their partners in every row.
-    """
-    random = np.random.default_rng(pair_seed)
-    partners = real[random.permutation(len(real))[:n]]
-    others = floor[random.permutation(len(floor))[:n]]
-    scenes = random.permutation(len(next(iter(domains.values()))))[:n]
-    images = {d: x[scenes] for d, x in domains.items()}
-    return {**images, FLOOR: others}, partners
-
-
-def features_of(net, images, device):
-    """{name: features, float64 [N, 2048]} of {name: uint8 [N, 3, H, W]}."""
-    features = {}
-    for name, x in images.items():
-        features[name] = inception_features(net, x, device, title=f"Inception features of {name}")
-        if device.type == "cuda" and len(x) >= 2000:  # eigenvalues of 2048 x 2048: for a GPU
-            features[name] = features[name].to(device)
-    return features
+def flat_like(real):
+    """As many images of one colour, the mean of the real ones: uint8 [N, 3, H, W]."""
+    shape = next(real.split(1)).shape[1:]
+    if min(shape[1:]) < 11:
+        raise UserError(f"{real.files[0].parent}: images are {shape[1]} x {shape[2]}; SSIM's "
+                        "window needs 11 x 11")
+    colour = sum(x.double().mean((2, 3)).sum(0) for x in real.split(64)) / len(real)
+    return colour.round().to(torch.uint8)[:, None, None].expand(len(real), *shape)
 
 
 def main():
@@ -226,19 +202,19 @@ def main():
     announce("evaluate.py", device, args.seed, f"{args.data}/*", f"{args.out}/table2.*")
 
     # 1. Which images: the same number of every domain, and of real ones that are their partners.
-    domains = load_domains(args.data)
-    real, floor = load_images(args.data / "real/test"), load_images(args.data / "real/train")
-    n = check(domains, real, floor, args)
+    images, partners = choose(args.data, find_domains(args.data), args)
+    flat = flat_like(partners)
     writable(args.out)
-    images, partners = choose(domains, real, floor, n, args.pair_seed)
-    mean_colour = partners.float().mean((0, 2, 3)).round().to(torch.uint8)
-    flat = mean_colour[:, None, None].expand_as(partners)
 
     # 2. Their Inception features.
-    some = torch.cat([x[:16] for x in (*domains.values(), floor)])       # for "random" only
+    some = torch.cat([next(x.split(16)) for x in images.values()])       # for "random" only
     net = load_inception(args.inception, "pool3", some, args.seed)
     label, weights = weights_of(net, args.inception)
-    features = features_of(net, {**images, "real": partners}, device)
+    features = {}
+    for name, x in {**images, "real": partners}.items():
+        features[name] = inception_features(net, x, device, title=f"Inception features of {name}")
+        if device.type == "cuda" and len(x) >= 2000:  # eigenvalues of 2048 x 2048: for a GPU
+            features[name] = features[name].to(device)
 
     # 3. The rows of Table 2, and two controls.
     rows = {}
@@ -248,14 +224,14 @@ def main():
 
     # 4. The report.
     record = {**provenance(args, device), "label": label, "weights_sha256": weights,
-              "resize": "bilinear to 299 x 299, align_corners=False, no antialias", "n": n,
-              "pair_seed": args.pair_seed, "real_sha256": sha256(partners)}
-    record |= compare(rows, {**images, CONTROL: flat}, n)
+              "resize": "bilinear to 299 x 299, align_corners=False, no antialias",
+              "n": len(partners), "pair_seed": args.pair_seed,
+              "real_sha256": sha256(*partners.split(64))}
+    record |= compare(rows, {**images, CONTROL: flat}, len(partners))
     write_json(args.out / "table2.json", record)
     write_text(args.out / "table2.md", tables(record))
     print(tables(record))
     print(f"done: {args.out}/table2.md, {args.out}/table2.json")
-
 
 
 if __name__ == "__main__":

@@ -17,15 +17,14 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-import torch.nn.functional as F
 
 from models import REAL, REFINED, Discriminator, Refiner, load_inception, patch_loss
-from prepare import load_images
-from support.cli import UserError, announce, lock, parser, positive, start
+from prepare import check_domains, load_images
+from support.cli import announce, lock, parser, positive, start
 from support.figures import save_grid
-from support.training import (OPTIMIZERS, Batches, Training, add_training_flags, autocast, keep_on,
-                              make_optimizer, pick_device, place, saved_run, settings_of, to_float,
-                              to_uint8)
+from support.training import (OPTIMIZERS, Batches, Training, add_inception_flag, add_training_flags,
+                              autocast, keep_on, make_optimizer, pick_device, place, precision_note,
+                              saved_run, settings_of, to_float, to_uint8)
 
 COLUMNS = ["network", "loss", "mean_change_or_accuracy"]
 
@@ -35,7 +34,7 @@ def perceptual_loss(psi, refined, x):
     with torch.autocast(x.device.type, enabled=False):        # psi measures: always float32
         with torch.no_grad():
             target = psi(x)
-        return F.mse_loss(psi(refined), target)
+        return (psi(refined) - target).square().mean()
 
 
 def update_R(R, optimizer, x, psi):
@@ -77,7 +76,7 @@ def arguments():
     p.add_argument("--lr", type=positive(float), default=1e-4, help="(paper) of R")
     p.add_argument("--d-lr", type=positive(float), default=1e-3, help="(paper) of D")
     p.add_argument("--layer", default="Conv2d_4a_3x3", help="psi_j of Eq 5, ours only")
-    p.add_argument("--inception", default="imagenet", help="imagenet, random or a file")
+    add_inception_flag(p)
     p.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="of R")
     p.add_argument("--d-optimizer", choices=OPTIMIZERS, default="momentum", help="of D")
     p.add_argument("--final-relu", action="store_true", help="(paper) last ReLU of Table 1")
@@ -87,15 +86,6 @@ def arguments():
     args = p.parse_args()
     args.run = args.run or Path("runs") / args.method
     return args
-
-
-def load_data(folder):
-    """Training images of both domains, uint8 [N, 3, H, W]; UserError if their sizes differ."""
-    synthetic, real = load_images(folder / "synthetic/train"), load_images(folder / "real/train")
-    if synthetic.shape[1:] != real.shape[1:]:
-        raise UserError(f"{folder}: synthetic images are {list(synthetic.shape[2:])}, real "
-                        f"ones {list(real.shape[2:])}; prepare both with one --size")
-    return synthetic, real
 
 
 @torch.no_grad()
@@ -137,10 +127,13 @@ def main():
     args = arguments()
     device = pick_device(args.device, args.precision)
     saved = saved_run(args.run / "pretrain.pt", "pretrain", args)
-    announce("pretrain.py", device, args.seed, f"{args.data}/", f"{args.run}/pretrain.*")
+    announce("pretrain.py", device, args.seed, f"{args.data}/", f"{args.run}/pretrain.*",
+             precision_note(device, args.precision))
 
     # 1. The images.
-    synthetic, real = load_data(args.data)
+    check_domains(args.data, ["synthetic", "real"], ["train"])
+    synthetic = load_images(args.data / "synthetic/train")
+    real = load_images(args.data / "real/train")
     settings = settings_of(args, images=[synthetic, real])
 
     # 2. The networks: psi of Eq 5, R and D.

@@ -15,17 +15,19 @@ Writes  results/segment_NETWORK.md    full matrices of mIoU and pixel accuracy, 
     python segment.py --network unet --seeds 0 1 2   mean and spread over seeds
     python segment.py --train synthetic ours         only these rows; tested on all
 """
+from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models import DeepLabV3Plus, UNet, jackknife_error, leave_out
-from prepare import CLASSES, IGNORE, PALETTE, load_images, load_labels
-from support.cli import (UserError, announce, markdown_table, natural, parser, positive, progress,
-                         provenance, start, writable, write_json, write_text)
+from models import DeepLabV3Plus, UNet
+from prepare import CLASSES, IGNORE, TABLE, check_domains, classes_of, load_images, load_labels
+from support.cli import (UserError, announce, markdown_table, natural, parser, path_of, positive,
+                         progress, provenance, start, writable, write_json, write_text)
 from support.figures import save_grid, save_matrices
+from support.raw import palette_of
 from support.training import (add_device_flag, add_precision_flag, autocast, load_checkpoint,
                               make_optimizer, pick_device, place, save_checkpoint, sha256,
                               to_float)
@@ -51,10 +53,8 @@ DIGITS = {"mIoU": 3, "accuracy": 1}
 
 
 def confusion(truth, predicted, classes=len(CLASSES)):
-    """Confusion matrix, int64 [classes, classes]: rows truth, columns predicted.
-
-    truth, predicted: integer tensors of one shape; pixels whose truth is IGNORE do not count.
-    """
+    """Confusion matrix, int64 [classes, classes]: rows truth, columns predicted. Both are integer
+    tensors of one shape; pixels whose truth is IGNORE do not count."""
     known = truth != IGNORE
     index = truth[known].long() * classes + predicted[known].long()
     return torch.bincount(index, minlength=classes ** 2).view(classes, classes)
@@ -62,37 +62,23 @@ def confusion(truth, predicted, classes=len(CLASSES)):
 
 def scores(matrix):
     """mIoU (a fraction), pixel accuracy (%), IoU per class and how many classes were averaged.
-
-    IoU = TP / (TP + FP + FN) over the whole test set. A class that is absent from both truth
-    and prediction has no IoU (nan) and is left out of the mean, as in cityscapesScripts.
-    """
+    IoU = TP / (TP + FP + FN) over the whole test set. A class absent from truth and prediction has
+    none (nan) and is left out of the mean, as in cityscapesScripts."""
     m = matrix.double()
     hit = m.diag()
     union = m.sum(0) + m.sum(1) - hit
     iou = hit / union                                         # 0 / 0 is nan
     return {"mIoU": iou.nanmean().item(),
-            "accuracy": (100 * hit.sum() / m.sum().clamp(min=1)).item(),
+            "accuracy": (100 * hit.sum() / m.sum()).item(),
             "IoU": iou.tolist(), "classes": int((union > 0).sum())}
-
-
-def scores_with_error(matrices):
-    """`scores` of the sum of one confusion matrix per test image, [N, classes, classes]; and
-    the standard errors that the choice of those images leaves (one training, one seed)."""
-    result = scores(matrices.sum(0))
-    for metric in DIGITS:
-        result[f"{metric}_se"] = jackknife_error(
-            leave_out(lambda m: scores(m.sum(0))[metric], matrices))
-    return result
 
 
 # ------------------------------------------------------------------------- train and test
 
 
 def train(net, images, labels, args, device, title):
-    """Cross-entropy (void ignored), Adam, cosine learning rate, random mirroring.
-
-    images uint8 [N, 3, H, W], labels trainIds [N, H, W].
-    """
+    """Cross-entropy (void ignored), Adam, cosine learning rate, random mirroring. images uint8
+    [N, 3, H, W], labels trainIds [N, H, W]."""
     batch = min(args.batch_size, len(images))
     whole = len(images) // batch * batch                      # the odd rest of an epoch waits
     steps = args.epochs * whole // batch
@@ -152,7 +138,8 @@ def trained(network, domain, seed, data, args, device):
 
 def build(network, args):
     """A new network on the current random state."""
-    return UNet() if network == "unet" else DeepLabV3Plus(backbone_weights=args.backbone_weights)
+    classes = len(args.table)
+    return UNet(classes) if network == "unet" else DeepLabV3Plus(classes, args.backbone_weights)
 
 
 # -------------------------------------------------------------------------------- the report
@@ -169,13 +156,13 @@ def of_seeds(by_seed, row, column, metric):
     return [by_domain[row][column][metric] for by_domain in by_seed.values()]
 
 
-def matrix_table(network, metric, by_seed, rows, columns):
-    """Ours (trained x tested, the paper's cells bold) and the paper's table, as Markdown."""
+def matrix_table(metric, paper_of_network, by_seed, rows, columns):
+    """Trained x tested, the paper's cells bold and its figures beside them, as Markdown."""
     lines = []
     for row in rows:
         cells = [row]
         refined = "simgan" if row == "simgan" else "ours"
-        paper = dict(zip(("synthetic", refined, "real"), PAPER[network][metric].get(row, ())))
+        paper = dict(zip(("synthetic", refined, "real"), paper_of_network.get(row, ())))
         for column in columns:
             text = mean_spread(of_seeds(by_seed, row, column, metric), DIGITS[metric])
             if column in paper:
@@ -187,10 +174,10 @@ def matrix_table(network, metric, by_seed, rows, columns):
             + markdown_table(["trained on \\ tested on", *columns], lines) + "\n")
 
 
-def class_table(by_seed, rows):
+def class_table(by_seed, rows, table):
     """IoU per class on real test images, by training domain; "-" where a class is absent."""
     lines = []
-    for i, name in enumerate(CLASSES):
+    for i, (name, _, _) in enumerate(table):
         cells = [name]
         for row in rows:
             values = [iou[i] for iou in of_seeds(by_seed, row, "real", "IoU")]
@@ -201,54 +188,42 @@ def class_table(by_seed, rows):
     return "IoU per class, tested on real\n\n" + markdown_table(["class", *rows], lines) + "\n"
 
 
-def error_note(by_seed, rows):
-    """One line: what ± is, and how much the choice of the test images alone can move a score."""
-    worst = {}
-    for metric in DIGITS:
-        worst[metric] = max(max(of_seeds(by_seed, row, "real", f"{metric}_se")) for row in rows)
-    seeds = ("One seed: nothing here says how much another seed would change (--seeds 0 1 2)."
-             if len(by_seed) == 1 else "± is the standard deviation over the seeds.")
-    return (f"{seeds} Standard error on real from the choice of test images: up to "
-            f"{worst['mIoU']:.3f} (mIoU) and {worst['accuracy']:.1f} (accuracy).\n")
-
-
 def report(network, by_seed, rows, columns, count, args):
     """Write and print segment_NETWORK.md, and draw its matrices."""
-    text = "\n".join([
-        f"### {NETWORKS[network]}: {count} training images, {args.epochs} epochs, batch "
-        f"{args.batch_size}, lr {args.lr}, seeds {' '.join(map(str, args.seeds))}", "",
-        matrix_table(network, "mIoU", by_seed, rows, columns),
-        matrix_table(network, "accuracy", by_seed, rows, columns), error_note(by_seed, rows),
-        class_table(by_seed, rows)])
-    write_text(args.out / f"segment_{network}.md", text)
-    print(text)
+    text = [f"### {NETWORKS[network]}: {count} training images, {args.epochs} epochs, batch "
+            f" {args.batch_size}, lr {args.lr}, seeds {' '.join(map(str, args.seeds))}", ""]
     means = {}
     for metric, title in (("mIoU", "mIoU"), ("accuracy", "pixel accuracy (%)")):
+        paper = PAPER[network][metric] if args.table == TABLE else {}     # its 19 classes
+        text.append(matrix_table(metric, paper, by_seed, rows, columns))
         means[title] = []
         for row in rows:
             means[title].append([np.mean(of_seeds(by_seed, row, d, metric)) for d in columns])
+    text.append("One seed: nothing here says how much another seed would change (--seeds 0 1 2).\n"
+                if len(by_seed) == 1 else "± is the standard deviation over the seeds.\n")
+    text = "\n".join([*text, class_table(by_seed, rows, args.table)])
+    write_text(args.out / f"segment_{network}.md", text)
+    print(text)
     save_matrices(args.out / f"segment_{network}.png", means, rows, columns)
 
 
-def colour(labels):
-    """Label maps [N, H, W] as Cityscapes colours, uint8 [N, 3, H, W]."""
-    return torch.from_numpy(PALETTE[labels.numpy()]).permute(0, 3, 1, 2)
+def colour(labels, table):
+    """Label maps [N, H, W] in the colours of their classes, uint8 [N, 3, H, W]."""
+    return torch.from_numpy(palette_of(table)[labels.numpy()]).permute(0, 3, 1, 2)
 
 
-def draw_table7(path, data, pictures):
-    """Table 7: three real test images with their ground truth and, per training domain, a training
-    image and what each network predicts. The real images are those with most classes in them.
-
-    pictures: {domain: {network: predictions on the real test images, [N, H, W]}}.
-    """
+def draw_table7(path, data, pictures, table):
+    """Table 7: the three real test images with most classes in them, their ground truth and, per
+    training domain, a training image and what each network predicts: pictures, {network: {domain:
+    predictions on the real test images, [N, H, W]}}."""
     images, labels = data["real", "test"]
     kinds = torch.tensor([len(label.unique()) for label in labels])
     shown = kinds.argsort(descending=True, stable=True)[:3]
-    rows = {"real test image": images[shown], "ground truth": colour(labels[shown])}
-    for domain, predictions in pictures.items():
+    rows = {"real test image": images[shown], "ground truth": colour(labels[shown], table)}
+    for domain in next(iter(pictures.values())):
         rows[f"{domain}: a training image"] = data[domain, "train"][0][:len(shown)]
-        for network, predicted in predictions.items():
-            rows[f"{domain}: {NETWORKS[network]}"] = colour(predicted[shown])
+        for network, predicted in pictures.items():
+            rows[f"{domain}: {NETWORKS[network]}"] = colour(predicted[domain][shown], table)
     save_grid(path, rows)
 
 
@@ -259,15 +234,15 @@ def arguments():
     p = parser(__doc__)
     add_device_flag(p)
     add_precision_flag(p)
-    p.add_argument("--data", type=Path, default=Path("data"), help="what prepare.py made")
-    p.add_argument("--out", type=Path, default=Path("results"), help="where tables go")
+    p.add_argument("--data", type=path_of, default=Path("data"), help="what prepare.py made")
+    p.add_argument("--out", type=path_of, default=Path("results"), help="where tables go")
     p.add_argument("--network", choices=[*NETWORKS, "both"], default="both", help="which")
     p.add_argument("--train", nargs="+", metavar="DOMAIN", help="only on these; tested on all")
     p.add_argument("--epochs", type=positive(int), default=30, help="passes over the data")
     p.add_argument("--batch-size", type=positive(int), default=16, help="images a batch")
     p.add_argument("--lr", type=positive(float), default=1e-3, help="at the start; cosine to 0")
     p.add_argument("--seeds", type=natural, nargs="+", default=[0], help="one training each")
-    p.add_argument("--backbone-weights", default="none",
+    p.add_argument("--backbone-weights", type=expanduser, default="none",
                    help="of DeepLabV3+'s ResNet-50: none, imagenet (downloaded) or a file")
     args = p.parse_args()
     if args.batch_size < 2:
@@ -295,12 +270,16 @@ def find_domains(args):
 
 def load_domains(args):
     """{(domain, split): (images, labels)}, the domains in order, and how many training images
-    all of them have."""
+    all of them have. UserError if these cannot be compared, or nothing be learned from one."""
     data, domains = {}, find_domains(args)
+    check_domains(args.data, domains, ["train", "test"])
     for d in domains:
         for split in ("train", "test"):
             folder = args.data / d / split
             data[d, split] = load_images(folder), load_labels(folder)
+            if (data[d, split][1] == IGNORE).all():
+                raise UserError(f"{folder}/labels: every pixel is void, so nothing can be learned "
+                                "or tested there; see what prepare.py says of these labels")
     count = min(len(data[d, "train"][0]) for d in domains)
     if count < 2:
         raise UserError(f"{args.data}: only {count} training image in one domain; 2 at least")
@@ -315,30 +294,25 @@ def choose(data, count, seed):
     return images[torch.from_numpy(order)], labels[torch.from_numpy(order)]
 
 
-def test(net, data, columns, args, device):
-    """{tested on: one confusion matrix an image, [N, 19, 19]}, {tested on: predictions}."""
-    matrices, predicted = {}, {}
-    for d in columns:
-        images, labels = data[d, "test"]
-        predicted[d] = predict(net, images, args, device)
-        matrices[d] = torch.stack([confusion(t, p) for t, p in zip(labels, predicted[d])])
-    return matrices, predicted
-
-
-def train_and_test(network, data, count, rows, columns, args, device):
+def train_and_test(network, data, rows, columns, count, args, device):
     """One of the paper's networks: {seed: {trained on: {tested on: scores}}}, the same with
     confusion matrices, and the first seed's predictions on real, {trained on: [N, H, W]}."""
-    by_seed, matrices, predictions = {}, {}, {}
+    by_seed, matrices, pictures = {}, {}, {}
     for seed in args.seeds:
         by_seed[seed], matrices[seed] = {}, {}
         for row in rows:
             chosen = choose(data[row, "train"], count, args.seed)
-            net = trained(network, row, seed, chosen, args, device)
-            found, predicted = test(net, data, columns, args, device)
-            by_seed[seed][row] = {d: scores_with_error(m) for d, m in found.items()}
-            matrices[seed][row] = {d: m.sum(0).tolist() for d, m in found.items()}
-            predictions.setdefault(row, predicted["real"])    # of the first seed
-    return by_seed, matrices, predictions
+            net, found = trained(network, row, seed, chosen, args, device), {}
+            for d in columns:
+                images, labels = data[d, "test"]
+                predicted = predict(net, images, args, device)
+                found[d] = sum(confusion(truth, guess, len(args.table))
+                               for truth, guess in zip(labels, predicted))
+                if d == "real":
+                    pictures.setdefault(row, predicted)
+            by_seed[seed][row] = {d: scores(m) for d, m in found.items()}
+            matrices[seed][row] = {d: m.tolist() for d, m in found.items()}
+    return by_seed, matrices, pictures
 
 
 def main():
@@ -347,6 +321,7 @@ def main():
     announce("segment.py", device, args.seeds, f"{args.data}/*", f"{args.out}/segment_*, table7")
 
     # 1. The domains, the same number of training images of each.
+    said, args.table = provenance(args, device), classes_of(args.data)
     data, columns, count = load_domains(args)
     rows = [d for d in columns if d in (args.train or columns)]
     networks = list(NETWORKS) if args.network == "both" else [args.network]
@@ -358,20 +333,18 @@ def main():
           + ", ".join(f"{n} {d}" for d, n in tested_on.items()))
 
     # 2. Train every network on every domain and test it on every domain: Tables 3-6.
-    pictures = {row: {} for row in rows}
+    pictures = {}
     for network in networks:
-        by_seed, matrices, predictions = train_and_test(network, data, count, rows, columns, args,
-                                                        device)
-        for row in rows:
-            pictures[row][network] = predictions[row]
+        by_seed, matrices, pictures[network] = train_and_test(network, data, rows, columns, count,
+                                                              args, device)
         write_json(args.out / f"segment_{network}.json", {
-            **provenance(args, device), "network": network, "domains": columns,
-            "epochs": args.epochs, "images": count, "seeds": args.seeds,
-            "test_images": tested_on, "scores": by_seed, "confusion": matrices})
+            **said, "network": network, "domains": columns, "epochs": args.epochs,
+            "images": count, "seeds": args.seeds, "test_images": tested_on, "scores": by_seed,
+            "confusion": matrices})
         report(network, by_seed, rows, columns, count, args)
 
     # 3. Table 7.
-    draw_table7(args.out / "table7.png", data, pictures)
+    draw_table7(args.out / "table7.png", data, pictures, args.table)
     print(f"done: {args.out}/segment_*.md, {args.out}/segment_*.png, {args.out}/table7.png")
 
 
