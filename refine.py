@@ -1,72 +1,165 @@
-"""Stage 4: run a trained refiner over a prepared domain; the labels stay as they are.
+"""Stage 4: run a trained refiner over a prepared domain, or over anybody's pictures.
 
-Reads   a checkpoint of stage 2 or 3, data/synthetic/{train,test}/{images,labels}
+Reads   a checkpoint of stage 2 or 3, data/synthetic/{train,test}/{images,labels}, or --images
 Writes  data/METHOD/{train,test}/{images,labels}: the same names, refined images, equal labels
-        data/METHOD/refine.json: which checkpoint and step made them
+        data/METHOD/refine.json: which checkpoint and step made them, of which images
+        with --images: a PNG for every picture, of its own size, under the same name below --out
 
     python refine.py                            runs/ours/average.pt -> data/ours
     python refine.py --method simgan            runs/simgan/average.pt -> data/simgan
     python refine.py --checkpoint runs/ours/gan.pt          R by the paper's rule -> data/ours
     python refine.py --checkpoint runs/ours/pretrain.pt --out data/pretrained
+    python refine.py --checkpoint runs/ours/average.pt --images renderings --out refined
 
 The fourth command makes the row "after pre-training" of Table 2. Running one again replaces its
-own output.
+own output; with --images it goes on. A megapixel takes a CPU about half a minute.
 """
 import hashlib
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
 from models import Refiner
-from prepare import load_images, names
-from support.cli import (UserError, announce, lock, parser, positive, progress, start, write_json,
-                         write_png)
+from prepare import files_of
+from support.cli import (UserError, announce, lock, parser, path_of, positive, progress, start,
+                         write_json, write_png)
+from support.raw import (UNREADABLE, Images, by_ending, read_record, read_rgb, refined_names,
+                         sha256_of)
 from support.training import (add_device_flag, load_checkpoint, pick_device, place, rebuild,
                               to_float, to_uint8)
+
+TILE, MARGIN = 768, 24      # pixels; R sees 11 of them above and to the left, 22 below and right
 
 
 def arguments():
     p = parser(__doc__)
     add_device_flag(p)
     p.add_argument("--method", choices=["ours", "simgan"], default="ours", help="whose R")
-    p.add_argument("--checkpoint", type=Path, help="(default: runs/METHOD/average.pt)")
-    p.add_argument("--data", type=Path, default=Path("data/synthetic"), help="a domain folder")
-    p.add_argument("--out", type=Path, help="(default: data/METHOD)")
-    p.add_argument("--batch-size", type=positive(int), default=16, help="images a batch")
+    p.add_argument("--checkpoint", type=path_of, help="(default: runs/METHOD/average.pt)")
+    p.add_argument("--data", type=path_of, default=Path("data/synthetic"), help="a domain folder")
+    p.add_argument("--images", type=path_of, help="a picture or a folder, instead of --data")
+    p.add_argument("--out", type=path_of, help="(default: data/METHOD)")
+    p.add_argument("--size", type=positive(int), nargs=2, metavar=("H", "W"), help="of --images: "
+                   "refine at this size, that of R's training, and scale back")
+    p.add_argument("--batch-size", type=positive(int), default=16, help="images of --data a batch")
     args = p.parse_args()
+    if args.images and not args.out:
+        p.error("--images wants --out, a folder for the refined pictures")
+    if args.size and (not args.images or min(args.size) < 3):
+        p.error("--size goes with --images and is 3 x 3 at least")
     args.checkpoint = args.checkpoint or Path("runs") / args.method / "average.pt"
     args.out = args.out or Path("data") / args.method
     return args
 
 
-def check_out(out, data):
-    """UserError if --out is a folder that refine.py has not made, or is --data."""
+def check_out(args, record):
+    """UserError if --out was not made by refine.py, lies in what is to be refined, or holds
+    pictures that another R made."""
+    out, source, made = args.out.resolve(), args.images or args.data, args.out / "refine.json"
     own = (".lock", "refine.json.tmp")       # a kill before refine.json leaves no more than these
-    others = [p for p in out.iterdir() if p.name not in own] if out.exists() else []
-    if others and not (out / "refine.json").is_file():
-        raise UserError(f"{out}: is there already and was not made by refine.py; choose another "
-                        "--out")
-    if out.resolve() == data.resolve():
-        raise UserError(f"--out {out} is --data itself; choose another --out")
+    if out.exists() and any(p.name not in own for p in out.iterdir()) and not made.is_file():
+        raise UserError(f"{args.out}: is there already and was not made by refine.py; choose "
+                        "another --out")
+    if out == source.resolve() or args.images and source.resolve() in out.parents:
+        raise UserError(f"--out {args.out} lies in {'--images' if args.images else '--data'} "
+                        "itself; choose another --out")
+    old = read_record(made) if made.is_file() else record
+    if args.images or "images" in old:
+        for key in ("images", "sha256", "size"):
+            if old.get(key) != record.get(key):
+                raise UserError(f"{args.out}: was made with {key} = {old.get(key)}, not "
+                                f"{record.get(key)}; choose another --out")
+
+
+# --------------------------------------------------------------------------- a prepared domain
 
 
 @torch.no_grad()
 def refine_split(R, source, target, device, batch_size):
     """Refine source/images into target/images and copy the labels; returns how many."""
-    images, files = load_images(source), iter(names(source))
+    images, files = Images(files_of(source)), iter(files_of(source))
     for kind in ("images", "labels"):
         shutil.rmtree(target / kind, ignore_errors=True)
         (target / kind).mkdir(parents=True)
-    for x in progress(images.split(batch_size), desc=f"refine {source}", unit="batch"):
+    batches = -(-len(images) // batch_size)
+    for x in progress(images.split(batch_size), desc=f"refine {source}", unit="batch",
+                      total=batches):
         refined = to_uint8(R(to_float(x.to(device)))).cpu()           # [n, 3, H, W]
         for picture in refined.permute(0, 2, 3, 1).numpy():           # [H, W, 3]
-            file = f"{next(files)}.png"
+            file = next(files).name
             write_png(target / "images" / file, Image.fromarray(picture))
             if (source / "labels" / file).is_file():
                 shutil.copyfile(source / "labels" / file, target / "labels" / file)
     return len(images)
+
+
+def refine_domain(R, args, record, device):
+    """Refine every split of --data; refine.json says when all of it is there."""
+    splits = [split for split in ("train", "test") if (args.data / split).is_dir()]
+    if not splits:
+        raise UserError(f"{args.data}: no train/ or test/ in it; --data wants a domain folder "
+                        "made by prepare.py")
+    record["source_sha256"] = {split: sha256_of(files_of(args.data / split))
+                               for split in splits}
+    lock(args.out)
+    write_json(args.out / "refine.json", {**record, "finished": False})
+    count = 0
+    for split in splits:
+        count += refine_split(R, args.data / split, args.out / split, device, args.batch_size)
+    write_json(args.out / "refine.json", {**record, "finished": True})
+    print(f"done: {count} refined images and their labels in {args.out}/")
+
+
+# ------------------------------------------------------------------------------ any pictures
+
+
+@torch.no_grad()
+def refine_tiles(R, picture, device):
+    """R of a picture of any size, uint8 [H, W, 3] to the same: tile by tile, with a margin of what
+    R sees around a pixel, so that the result is R of the whole."""
+    image = torch.from_numpy(picture).permute(2, 0, 1)[None]          # [1, 3, H, W]
+    refined = torch.empty_like(image)
+    for top in range(0, image.shape[2], TILE):
+        for left in range(0, image.shape[3], TILE):
+            above, before = max(0, top - MARGIN), max(0, left - MARGIN)
+            tile = image[..., above:top + TILE + MARGIN, before:left + TILE + MARGIN]
+            tile = to_uint8(R(to_float(tile.to(device)))).cpu()
+            tile = tile[..., top - above:, left - before:][..., :TILE, :TILE]
+            refined[..., top:top + TILE, left:left + TILE] = tile
+    return refined[0].permute(1, 2, 0).numpy()
+
+
+def refine_picture(R, file, size, device):
+    """R of a file as a PIL image of the same size; refined at `size` (H, W), if given."""
+    picture = read_rgb(file)
+    if min(picture.size) < 3:
+        raise ValueError("is smaller than 3 x 3 pixels")
+    small = picture.resize(size[::-1], Image.BILINEAR) if size else picture
+    refined = Image.fromarray(refine_tiles(R, np.array(small), device))
+    return refined.resize(picture.size, Image.BICUBIC) if size else refined
+
+
+def refine_pictures(R, args, record, device):
+    """Refine --images one by one; those that are there from an earlier run are not done again."""
+    file_of, others = refined_names(args.images, args.out)
+    lock(args.out)
+    write_json(args.out / "refine.json", record)
+    skipped = 0
+    for target, file in progress(file_of.items(), desc="refine", unit="picture"):
+        if target.exists() and target.stat().st_mtime >= file.stat().st_mtime:
+            continue
+        try:
+            picture = refine_picture(R, file, args.size, device)
+        except UNREADABLE as error:
+            skipped += 1
+            print(f"skipped {file}: {error}")
+            continue
+        write_png(target, picture)
+    print(f"done: {len(file_of) - skipped} pictures in {args.out}/; {skipped} skipped; files not "
+          f"read: {by_ending(others)}")
 
 
 def main():
@@ -79,25 +172,17 @@ def main():
     R = place(rebuild(Refiner, state, "refiner", args.checkpoint), device)
 
     # 2. What is to be refined, and whether it may be written.
-    check_out(args.out, args.data)
-    splits = [split for split in ("train", "test") if (args.data / split).is_dir()]
-    if not splits:
-        raise UserError(f"{args.data}: no train/ or test/ in it; --data wants a domain folder "
-                        "made by prepare.py")
+    source = {"images": str(args.images)} if args.images else {"source": str(args.data)}
+    record = {"checkpoint": str(args.checkpoint), "step": state["step"], **source,
+              "sha256": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:16],
+              "size": args.size}
+    check_out(args, record)
     announce("refine.py", device, args.seed, f"{args.checkpoint} (step {state['step']}) and "
-             f"{args.data}/", f"{args.out}/")
-    lock(args.out)
+             f"{args.images or args.data}", f"{args.out}/")
 
-    # 3. Refine; refine.json says when all of it is there.
-    digest = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:16]
-    record = {"checkpoint": str(args.checkpoint), "step": state["step"], "sha256": digest,
-              "source": str(args.data)}
-    write_json(args.out / "refine.json", {**record, "finished": False})
-    count = 0
-    for split in splits:
-        count += refine_split(R, args.data / split, args.out / split, device, args.batch_size)
-    write_json(args.out / "refine.json", {**record, "finished": True})
-    print(f"done: {count} refined images and their labels in {args.out}/")
+    # 3. Refine.
+    refine = refine_pictures if args.images else refine_domain
+    refine(R, args, record, device)
 
 
 if __name__ == "__main__":
