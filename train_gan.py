@@ -23,15 +23,14 @@ import math
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from models import REAL, REFINED, Discriminator, Refiner, patch_loss, ssim
 from prepare import load_images
 from support.cli import UserError, announce, lock, parser, positive, start
 from support.figures import save_curves, save_grid
 from support.training import (OPTIMIZERS, Batches, Training, add_training_flags, autocast, keep_on,
-                              load_checkpoint, make_optimizer, pick_device, place, rebuild,
-                              save_checkpoint, saved_run, settings_of, to_float, to_uint8)
+                              load_checkpoint, make_optimizer, pick_device, place, precision_note,
+                              rebuild, save_checkpoint, saved_run, settings_of, to_float, to_uint8)
 
 VALUES = 3 * 80 * 160                                  # of one image in the paper
 WARM_UP = 1000                                         # steps of which none can be the best
@@ -40,31 +39,26 @@ COLUMNS = ["loss_adv", "loss_rec", "d_loss_real", "d_loss_refined", "d_acc_real"
 
 
 class History:
-    """The history of refined images (Shrivastava et al. 2017, section 2.3), uint8.
-
-    Grows until it holds `capacity` images; from then on new images replace random old ones.
-    """
+    """The history of refined images (Shrivastava et al. 2017, section 2.3), uint8. Grows until it
+    holds `capacity` images; from then on new images replace random old ones."""
 
     def __init__(self, capacity, random, device):
         self.capacity, self.random, self.device = capacity, random, device
         self.images = torch.empty(0, dtype=torch.uint8, device=device)
 
-    def __len__(self):
-        return len(self.images)
-
     def add(self, images):
         """Take in uint8 images [n, 3, H, W]."""
-        room = self.capacity - len(self)
+        room = self.capacity - len(self.images)
         if room > 0:
             self.images = torch.cat([self.images, images[:room]])
         rest = images[room:]
         if len(rest) and self.capacity:
-            index = torch.randperm(len(self), generator=self.random)[:len(rest)]
+            index = torch.randperm(len(self.images), generator=self.random)[:len(rest)]
             self.images[index.to(self.device, non_blocking=True)] = rest
 
     def draw(self, n):
         """n random images of it, uint8 [n, 3, H, W]."""
-        index = torch.randint(len(self), (n,), generator=self.random)
+        index = torch.randint(len(self.images), (n,), generator=self.random)
         return self.images[index.to(self.device, non_blocking=True)]
 
     def state_dict(self):
@@ -147,11 +141,8 @@ def refine(R, x):
 
 @torch.no_grad()
 def update_average(average, R, n):
-    """Move `average` towards R by 1/n.
-
-    With n = 1, 2, ... N, N, ... it is the mean of all steps at first, then a running one over
-    about the last N (Yazici et al. 2019): R and D chase each other, and this is the middle.
-    """
+    """Move `average` towards R by 1/n. With n = 1, 2, ... N, N, ... it is the mean of all steps at
+    first, then a running one over about the last N (Yazici et al. 2019)."""
     for mean, weight in zip(average.parameters(), R.parameters()):
         mean.lerp_(weight, 1 / n)
 
@@ -180,22 +171,6 @@ def save_refiners(R, average, best, training, folder):
         save_checkpoint(folder / "gan.pt", "best", **same, **best.state_dict())
     else:
         (folder / "gan.pt").unlink(missing_ok=True)           # of the run that was overwritten
-
-
-def watch(recent, step, said):
-    """Say once, in one line, when the training has left the rails. recent: means of the log."""
-    undecided = max(abs(recent["d_loss_real"] - math.log(2)),
-                    abs(recent["d_loss_refined"] - math.log(2))) < 5e-4
-    for broken, text in [
-            (undecided, "D is dead: both its losses stay at ln 2; leave --final-relu away, other "
-             "--seed"),
-            (recent["loss_adv"] > 7, "D wins outright (R's loss is above 7): R learns from L_rec "
-             "alone; pre-train D less (--d-steps) or lower --d-lr"),
-            (recent["mean_change"] > 0.9, "R has left the image (mean |R(x) - x| above 0.9 of the "
-             "[-1, 1] range): raise --beta or lower --alpha")]:
-        if broken and text not in said:
-            said.add(text)
-            tqdm.write(f"warning, step {step}: {text}")
 
 
 def arguments():
@@ -251,8 +226,7 @@ def load_data(folder):
 
 
 def warm_up(steps):
-    """After which step of a run the best one is looked for. While R leaps and D is caught out
-    the rule has its highest value, whatever the images look like."""
+    """After which step the best one is looked for: while R leaps the rule has its maximum."""
     return min(WARM_UP, steps // 2)
 
 
@@ -278,7 +252,7 @@ def train(R, D, synthetic, real, pairs, args, device, settings, saved):
     optimizer_R = make_optimizer(args.optimizer, R.parameters(), args.lr)
     optimizer_D = make_optimizer(args.d_optimizer, D.parameters(), args.d_lr)
     batches = Batches(args.seed, device)
-    average, best, said = copy.deepcopy(R), BestStep(), set()
+    average, best = copy.deepcopy(R), BestStep()
     history = History(args.history * n, batches.random, device)
     n_old = n // 2 if args.history else 0                     # of D's refined images
     training = Training(args.run / "last.pt", "gan", args.run / "log.csv", settings, COLUMNS,
@@ -302,13 +276,12 @@ def train(R, D, synthetic, real, pairs, args, device, settings, saved):
             x, y = batches.draw(synthetic, n - n_old), batches.draw(real, n)
             values_D = update_D(R, D, optimizer_D, x, y, history, n_old)
         update_average(average, R, min(step, args.average))
-        training.log({**values_R, **values_D, "history": len(history)})
+        training.log({**values_R, **values_D, "history": len(history.images)})
 
         if step % args.sample_every == 0 or step == args.steps:
             recent = training.mean(args.sample_every)         # now the last row is this step's
             picture = args.run / f"samples/step_{step:06d}.png"
             training.rows[-1]["ssim"] = save_samples(picture, R, average, pairs, device)
-            watch(recent, step, said)
             if step > warm_up(args.steps):
                 best.look(R, step, recent)
     return training.rows, best
@@ -321,7 +294,7 @@ def main():
     # 1. The checkpoint of pre-training and, to --resume, that of this script.
     saved, pretrained = load_checkpoints(args)
     announce("train_gan.py", device, args.seed, f"{args.data}/ and {args.run}/pretrain.pt",
-             f"{args.run}/")
+             f"{args.run}/", precision_note(device, args.precision))
 
     # 2. The images.
     synthetic, real, pairs = load_data(args.data)

@@ -38,7 +38,7 @@ import pretrain
 import train_gan
 from models import (REAL, REFINED, DeepLabV3Plus, Discriminator, Refiner, UNet, fid,
                     inception_features, load_inception, patch_loss, ssim)
-from support.cli import (announce, markdown_table, parser, positive, provenance, start,
+from support.cli import (announce, markdown_table, parser, path_of, positive, provenance, start,
                          write_text)
 from support.training import (autocast, has_bfloat16, learning_layout, make_optimizer,
                               pick_device, place, to_float, to_uint8)
@@ -377,7 +377,7 @@ def arguments():
     p.add_argument("--repeats", type=positive(int), default=3, help="of which the median is shown")
     p.add_argument("--frames", type=positive(int), default=48, help="full-size frames a domain")
     p.add_argument("--most-features", type=positive(int), default=5000, help="N of the second FID")
-    p.add_argument("--json", type=Path, help="write the table and every time to this file")
+    p.add_argument("--json", type=path_of, help="write the table and every time to this file")
     return p.parse_args()
 
 

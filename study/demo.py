@@ -11,14 +11,14 @@ import json
 from pathlib import Path
 
 from prepare import load_images
-from support.cli import UserError, parser, start
+from support.cli import UserError, parser, path_of, start
 from support.figures import save_summary
 from support.training import load_checkpoint
 
 
 def arguments():
     p = parser(__doc__)
-    p.add_argument("--base", type=Path, default=Path("demo"), help="where the stages have run")
+    p.add_argument("--base", type=path_of, default=Path("demo"), help="where the stages have run")
     return p.parse_args()
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision.transforms.functional import gaussian_blur
 
 from prepare import load_images, names
-from support.cli import (UserError, lock, parser, positive, progress, start, write_json,
+from support.cli import (UserError, lock, parser, path_of, positive, progress, start, write_json,
                          write_png)
 from support.training import to_float, to_uint8
 
@@ -99,9 +99,9 @@ def filter_split(function, source, target):
 def arguments():
     p = parser(__doc__)
     p.add_argument("filter", choices=["colour", "blur", "detail"])
-    p.add_argument("--data", type=Path, default=Path("data"), help="what prepare.py made")
+    p.add_argument("--data", type=path_of, default=Path("data"), help="what prepare.py made")
     p.add_argument("--source", default="synthetic", help="the domain of it that is read")
-    p.add_argument("--out", type=Path, help="(default: DATA/FILTER)")
+    p.add_argument("--out", type=path_of, help="(default: DATA/FILTER)")
     p.add_argument("--sigma", type=positive(float), default=0.6, help="of blur, in pixels")
     args = p.parse_args()
     args.out = args.out or args.data / args.filter

@@ -20,7 +20,7 @@ from scipy.stats import t as student
 from evaluate import PAPER as PAPER_TABLE2
 from prepare import CLASSES
 from segment import NETWORKS, PAPER, scores
-from support.cli import UserError, markdown_table, parser, start, write_text
+from support.cli import UserError, markdown_table, parser, path_of, start, write_text
 from support.figures import save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -452,7 +452,7 @@ def draw_epochs(axis, record):
 def arguments():
     p = parser(__doc__)
     p.add_argument("name", help="of the study: study/results/NAME.json")
-    p.add_argument("--results", type=Path, default=ROOT / "study/results", help="of the record")
+    p.add_argument("--results", type=path_of, default=ROOT / "study/results", help="of the record")
     return p.parse_args()
 
 

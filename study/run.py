@@ -25,7 +25,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.cli import UserError, lock, natural, parser, positive, start, write_text
+from support.cli import (UserError, lock, natural, parser, path_of, positive, start, write_json,
+                         write_text)
+from support.training import add_inception_flag
 
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN = ["synthetic", "real"]                                # made by prepare.py for all seeds
@@ -257,7 +259,7 @@ def write_record(args):
               "changes": {"network": "unet", "epochs": args.epochs},
               "rows": {name: ROWS[name] for name in args.rows}, "seeds": seeds}
     path = args.results / f"{args.name}.json"
-    write_text(path, json.dumps(record, separators=(",", ":")) + "\n")
+    write_json(path, record, indent=None)
     figure1 = args.base / "seed0/runs/ours/curves.png"
     if figure1.is_file():
         shutil.copy(figure1, args.results / f"{args.name}-figure1.png")
@@ -268,8 +270,8 @@ def arguments():
     p = parser(__doc__)
     p.add_argument("name", help="of the study: its folder in runs/study, its record")
     p.add_argument("--prepare", default="", help="flags of prepare.py, in one string")
-    p.add_argument("--data", type=Path, help="a prepared folder, instead of --prepare")
-    p.add_argument("--inception", default="imagenet", help="imagenet, random or a file")
+    p.add_argument("--data", type=path_of, help="a prepared folder, instead of --prepare")
+    add_inception_flag(p)
     p.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="all of it for each")
     p.add_argument("--rows", choices=ROWS, nargs="+", default=list(ROWS), metavar="ROW",
                    help="of the study, the same in every command: " + ", ".join(ROWS))
@@ -285,8 +287,8 @@ def arguments():
                    default=["synthetic", "simgan", "ours", "real"],
                    help="the rows that DeepLabV3+ learns from; none if empty")
     p.add_argument("--deeplab-epochs", type=positive(int), help="(default: as --epochs)")
-    p.add_argument("--base", type=Path, help="where the runs lie (default: runs/study/NAME)")
-    p.add_argument("--results", type=Path, default=ROOT / "study/results", help="of the record")
+    p.add_argument("--base", type=path_of, help="where the runs lie (default: runs/study/NAME)")
+    p.add_argument("--results", type=path_of, default=ROOT / "study/results", help="of the record")
     args = p.parse_args()
     if bool(args.prepare) == bool(args.data):
         p.error("give --prepare FLAGS or --data FOLDER, one of the two")

@@ -1,14 +1,16 @@
 """What every script needs and no paper speaks of: one-line errors, flags, whole writes, locks.
 
     UserError, start            a mistake is one line and exit status 2, never a traceback
-    parser, positive, natural   the command line, whose help shows every default
+    parser, positive, natural, path_of, cpus   the command line, whose help shows every default
     progress, in_parallel       a bar on a terminal, a line every 20 seconds in a log file
     whole, write_text, write_json, write_png, writable, lock
     announce, provenance        what a script says first, and what a report must record
     markdown_table
 """
 import argparse
+import errno
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -44,12 +46,23 @@ BARS = []                                            # closed before an error is
 def start(main):
     """Call a script's main(); turn what a user can mend into one line and status 2: a UserError,
     a file that cannot be read or written, memory that does not suffice."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):           # what cannot print ± prints ?
+            stream.reconfigure(errors="replace")
     try:
         main()
+        sys.stdout.flush()
     except Exception as error:
         if out_of_memory(error):
             error = UserError("out of memory; try a smaller --batch-size or, in prepare.py, a "
                               "smaller --size or fewer --workers")
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            error = UserError(f"--compile does not work here ({str(error).splitlines()[0]}); leave "
+                              "the flag away")
+        if isinstance(error, BrokenPipeError):       # | head; what is still to print goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            error = UserError("nobody reads what this prints, so it stopped; run it again, into "
+                              "a file")
         if not isinstance(error, (UserError, OSError)):
             raise                                    # a mistake of ours: the traceback
         for bar in BARS:
@@ -89,10 +102,20 @@ def parser(doc):
 
 
 def natural(text):
-    """An argparse type: an int of 0 or more."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    """An argparse type: an int of 0 or more, no larger than a generator's seed may be."""
+    if not 0 <= int(text) < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**63 - 1")
     return int(text)
+
+
+def path_of(text):
+    """An argparse type: a Path; ~ is the home folder, also after the = of --out=~/x."""
+    return Path(text).expanduser()
+
+
+def cpus():
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def positive(kind):
@@ -115,6 +138,7 @@ def progress(iterable=None, **options):
 
 def in_parallel(function, jobs, workers):
     """Yield function(job) for every job, in order, computed by `workers` processes."""
+    workers = min(workers, len(jobs), 61)            # Windows takes no more
     try:
         with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
             try:
@@ -158,9 +182,18 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path, record):
+def plain(value):
+    """Plain values as JSON has them: null for a number that is not finite."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path, record, indent=1):
     """Write plain values as JSON, whole or not at all."""
-    write_text(path, json.dumps(record, indent=1))
+    write_text(path, json.dumps(plain(record), indent=indent, allow_nan=False))
 
 
 def write_png(path, image):
@@ -176,6 +209,7 @@ def writable(folder):
         pass
 
 
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES}
 LOCKS = []                                           # open files: closing one frees its lock
 
 
@@ -191,21 +225,26 @@ def lock(folder):
     LOCKS.append(open(Path(folder) / ".lock", "w"))
     try:
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)     # not inherited by workers
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         raise UserError(f"{folder}: another process is writing there; wait for its end or choose "
                         "another folder") from None
+    except OSError as error:                         # NFS, Lustre, gVisor and others
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"warning: {folder}: this file system has no locks ({error.strerror}), so nothing "
+              "keeps a second process out", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------- what a run says
 
 
-def announce(script, device, seed, reads, writes):
-    """The first line of a script: device, versions, what it reads and what it writes."""
+def announce(script, device, seed, reads, writes, note=""):
+    """The first line of a script: device, versions, what it reads, what it writes, and a note."""
     import torch
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU")
     print(f"{script}: {device.type} ({name}), torch {torch.__version__}, torchvision "
-          f"{version('torchvision')}, seed {seed}; reads {reads}; writes {writes}", flush=True)
+          f"{version('torchvision')}, seed {seed}; reads {reads}; writes {writes}{note}", flush=True)
 
 
 def provenance(args, device):

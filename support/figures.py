@@ -2,11 +2,15 @@
 
 Drawn on a `Figure` of matplotlib, which needs no screen and no backend.
 """
+import os
+
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from support.cli import whole, write_png
+
+os.environ["MPLBACKEND"] = "agg"                     # a notebook's may not be installed here
+from matplotlib.figure import Figure  # noqa: E402
 
 
 def save_grid(path, rows):

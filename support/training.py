@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from support.cli import UserError, positive, progress, whole, write_text
+from support.cli import UserError, path_of, positive, progress, whole, write_text
 
 # --------------------------------------------------------------------- device and precision
 
@@ -29,12 +29,16 @@ def pick_device(name, precision="float32"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else (
             "mps" if torch.backends.mps.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this PyTorch sees no CUDA device; use --device cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:1 or mps") from None
+        device = torch.device("meta")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+             "mps": int(torch.backends.mps.is_available())}.get(device.type)
+    if count is None:
+        raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:1 or mps")
+    if (device.index or 0) >= count:
+        raise UserError(f"--device {name}: this PyTorch sees no such device; use --device cpu")
     rounded = precision != "float32"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = rounded
     if precision == "bfloat16" and device.type == "cpu" and not has_bfloat16():
@@ -45,10 +49,30 @@ def pick_device(name, precision="float32"):
 
 def has_bfloat16():
     """Whether this CPU computes in bfloat16 (AVX2, and AVX512 before AVX512-BF16, convert)."""
-    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()       # False on AVX2
+    try:
+        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()   # False on AVX2
+    except (AttributeError, RuntimeError):           # not in this PyTorch: Apple's processors
+        return False
     if platform.machine() in ("x86_64", "AMD64"):
         supported &= getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()
     return supported
+
+
+def precision_note(device, precision):
+    """What the first line of a training says, if this CPU convolves in bfloat16 so much faster than
+    in float32 (it is tried, in a moment) that the flag is worth a try."""
+    if device.type != "cpu" or precision != "float32" or not has_bfloat16():
+        return ""
+    x, weight, seconds = torch.ones(2, 64, 40, 80), torch.ones(64, 64, 4, 4), []
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, tries = x.to(dtype), weight.to(dtype), []
+        for _ in range(4):                                         # the first one warms up
+            began = time.perf_counter()
+            torch.nn.functional.conv2d(x, weight)
+            tries.append(time.perf_counter() - began)
+        seconds.append(min(tries))
+    gain = seconds[0] / seconds[1]
+    return f"; --precision bfloat16 is {gain:.1f} times as fast here" if gain > 1.3 else ""
 
 
 def autocast(device, precision):
@@ -154,12 +178,18 @@ def add_precision_flag(p):
                    help="of the networks; losses are float32")
 
 
+def add_inception_flag(p):
+    """--inception, of whatever needs psi or FID."""
+    p.add_argument("--inception", type=os.path.expanduser, default="imagenet",
+                   help="imagenet (downloaded once), random or a file")
+
+
 def add_training_flags(p):
     """The flags of pretrain.py and train_gan.py that no paper speaks of."""
     add_device_flag(p)
     add_precision_flag(p)
-    p.add_argument("--data", type=Path, default=Path("data"), help="what prepare.py made")
-    p.add_argument("--run", type=Path, help="(default: runs/METHOD)")
+    p.add_argument("--data", type=path_of, default=Path("data"), help="what prepare.py made")
+    p.add_argument("--run", type=path_of, help="(default: runs/METHOD)")
     p.add_argument("--batch-size", type=positive(int), default=16, help="images a batch")
     p.add_argument("--resume", action="store_true", help="go on with a stopped run")
     p.add_argument("--overwrite", action="store_true", help="replace an existing run")
@@ -168,7 +198,7 @@ def add_training_flags(p):
 def settings_of(args, **data):
     """What decides a training, as text: its flags but those that a --resume may change, and a
     hash of what it starts from, {name: tensors}. 50.0 is 50."""
-    free = {"run", "resume", "overwrite", "device", "save_every", "compile"}
+    free = {"run", "data", "resume", "overwrite", "device", "save_every", "compile"}
     settings = {flag: str(value).removesuffix(".0") for flag, value in vars(args).items()
                 if flag not in free}
     for name, tensors in data.items():
@@ -196,7 +226,8 @@ def read_every(device):
 
 
 def stop_requests():
-    """A list that becomes non-empty on the first Ctrl-C or SIGTERM; the second stops at once.
+    """A list that becomes non-empty on the first Ctrl-C, SIGTERM, SIGHUP (the terminal was closed)
+    or SIGUSR1 (a batch system); the second stops at once.
 
     A loop looks at it after a whole step, so what it then saves is a state it can resume from.
     """
@@ -205,9 +236,14 @@ def stop_requests():
     def note(signum, _):
         requests.append(signum)
         signal.signal(signum, signal.SIG_DFL)
+        if signum == getattr(signal, "SIGHUP", None):             # there is nobody to write to
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        signum = getattr(signal, name, None)                      # Windows has two of them
+        if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup
+            signal.signal(signum, note)
     return requests
 
 
@@ -387,8 +423,16 @@ def load_weights(net, weights, flag, imagenet, otherwise):
 
     weights: "imagenet" for torchvision's own (`imagenet`, a WeightsEnum, downloaded once), or a
     path. UserError if the download fails (it names `otherwise`) or the file lacks something.
+    Returns all that was there.
     """
     if weights == "imagenet":
+        kept = Path(torch.hub.get_dir()) / "checkpoints" / Path(imagenet.url).name
+        if kept.is_file():
+            try:
+                torch.load(kept, map_location="cpu", weights_only=True)
+            except Exception:                         # a damaged pickle can raise about anything
+                raise UserError(f"{flag} imagenet: {kept} is damaged; delete it, the next run "
+                                "fetches it again") from None
         try:
             found = imagenet.get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:
@@ -404,3 +448,4 @@ def load_weights(net, weights, flag, imagenet, otherwise):
                         f"{type(net).__name__}: {len(missing)} of {len(wanted)} entries are "
                         f"missing or have another shape, the first is {missing[0]}")
     net.load_state_dict({k: found[k] for k in wanted}, strict=False)
+    return found

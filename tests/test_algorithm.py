@@ -287,8 +287,9 @@ def draw(random, called, left_to_right, top_to_bottom):
 
 @pytest.fixture(scope="module")
 def streets(tmp_path_factory):
-    """Lopsided data: in training red is always on the left and mostly above; tests have it on
-    the right and below. Only who mirrors image and label alike learns that colour decides."""
+    """U-Net trained on lopsided data: in training red is always on the left and mostly above;
+    tests have it on the right and below. Only who mirrors image and label alike learns that
+    colour decides."""
     cwd, random = tmp_path_factory.mktemp("streets"), np.random.default_rng(0)
     for domain, called in CALLED.items():
         for split, count in zip(("train", "test"), COUNTS[domain]):
@@ -296,6 +297,9 @@ def streets(tmp_path_factory):
                 test = split == "test"
                 pair = draw(random, called, -1 if test else 1, -1 if test or i % 3 == 0 else 1)
                 save_pair(cwd / "data" / domain / split, i, *pair)
+    out, _ = call("segment.py", "--network", "unet", "--epochs", 10, "--batch-size", 4, "--lr",
+                  3e-3, cwd=cwd)
+    (cwd / "out.txt").write_text(out, encoding="utf-8")
     return cwd
 
 
@@ -364,17 +368,13 @@ def check_tables(folder, out, rows, seeds):
             assert table[name][row] == wanted, f"IoU of {name}, trained on {row}"
         wanted = str(np.isfinite(iou(on_real[0])).sum())
         assert table["classes in the mean"][row] == wanted, "classes without IoU were counted"
-    errors = [max(record["scores"][str(s)][row]["real"][f"{metric}_se"] for s in seeds
-                  for row in rows) for metric in scores]
-    assert f"to {errors[0]:.3f} (mIoU) and {errors[1]:.1f} (accuracy)" in text, "errors on real"
     assert ("± is the standard deviation over the seeds" in text) == (len(seeds) > 1)
     return matrices
 
 
 def test_segmentation_learns_what_a_domain_calls_its_colours(streets):
     """Trained on a, tested on b: the pixels of a colour have b's class and are found to be a's."""
-    out, _ = call("segment.py", "--network", "unet", "--epochs", 10, "--batch-size", 4, "--lr",
-                  3e-3, cwd=streets)
+    out = (streets / "out.txt").read_text(encoding="utf-8")
     matrices = check_tables(streets / "results", out, list(CALLED), [0])["0"]
     for a, trained in CALLED.items():
         for b, tested in CALLED.items():
@@ -435,10 +435,10 @@ def test_table2_is_the_papers(table2, cwd):
     found = json.loads((table2 / "table2.json").read_text())
     *domains, real, other = (load_images(cwd / "data" / folder) for folder in (
         "synthetic/test", "pretrained/test", "simgan/test", "ours/test", "real/test", "real/train"))
-    inception = load_inception("random", "pool3", torch.cat([*domains, other]))
     random = np.random.default_rng(1)                     # partners, then other reals, then scenes
     real, other = real[random.permutation(7)[:3]], other[random.permutation(11)[:3]]
     scenes = random.permutation(7)[:3]
+    inception = load_inception("random", "pool3", torch.cat([*[d[scenes] for d in domains], other]))
 
     def features(x):
         return inception(F.interpolate(plain.as_input(x), (299, 299), mode="bilinear")).double()
@@ -677,7 +677,8 @@ def test_inception_sees_299_pixels_in_its_range_and_order(size):
 # ---------------------------------------------------------------------- 6. the paper's values
 
 DEFAULTS = {
-    "prepare": {"--size": "[80, 160]", "--crop": "['200', '600', '400', '600']", "--test": "200"},
+    "prepare": {"--size": "[80, 160]", "--crop": "['200', '600', '400', '600']", 
+                "--test": "200, or a fifth of all if that is less"},
     "pretrain": {"--steps": "1200", "--d-steps": "400", "--lr": "0.0001", "--d-lr": "0.001",
                  "--d-stride": "3"},
     "train_gan": {"--alpha": "50", "--beta": "4e-06", "--steps": "5000", "--lr": "0.0001",
@@ -717,16 +718,17 @@ def test_table2_shows_the_papers_numbers(table2):
     assert {name: rows[name] for name in TABLE2} == TABLE2
 
 
-def test_tables_3_to_6_show_the_papers_numbers(tmp_path):
+def test_tables_3_to_6_show_the_papers_numbers(streets, tmp_path):
     """In the cell of their training and test images; "refined" is SimGAN's in SimGAN's row."""
     draw_domains(tmp_path, 2, 1, ["synthetic", "simgan", "ours", "real"])
-    call("segment.py", "--epochs", 1, "--device", "cpu", cwd=tmp_path)
-    for network, wanted in TABLES.items():
+    call("segment.py", "--network", "deeplabv3plus", "--epochs", 1, "--device", "cpu",
+         cwd=tmp_path)
+    for (network, wanted), folder in zip(TABLES.items(), (streets, tmp_path)):
         numbers = {name: [] for name in wanted}
-        for row in rows_of(tmp_path / f"results/segment_{network}.md"):
+        for row in rows_of(folder / f"results/segment_{network}.md"):
             if row[0].startswith("trained on"):
                 head = row
-            elif row[0] in wanted:
+            elif row[0] in wanted and len(numbers[row[0]]) < 2:
                 refined = "simgan" if row[0] == "simgan" else "ours"
                 cells = [row[head.index(d)] for d in ("synthetic", refined, "real")]
                 numbers[row[0]].append(" ".join(re.findall(r"\((.*?)\)", " ".join(cells))))

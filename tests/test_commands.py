@@ -126,11 +126,12 @@ MISTAKES = [
     ("evaluate.py --data good --n 9 --inception random", "--n 9 has 4"),
     ("evaluate.py --data good --inception random --out broken.pt", "broken.pt"),
     ("evaluate.py --data sizes --inception random", "sizes 24 48 32 64"),
-    ("segment.py --data sizes --out broken.pt --network unet", "broken.pt"),
+    ("segment.py --data good --out broken.pt --network unet", "broken.pt"),
+    ("segment.py --data sizes", "sizes 24 48 32 64"),
     ("segment.py --data good --seeds -1", "--seeds"),
     ("segment.py --epochs 0", "--epochs above 0"),
     ("segment.py --lr inf", "--lr above 0"),
-    ("segment.py --data sizes --backbone-weights none.pt",
+    ("segment.py --data good --backbone-weights none.pt",
      "--backbone-weights none.pt"),
 ]
 

@@ -1,5 +1,4 @@
 """What train_gan.py leaves behind, refuses and says; what it computes: test_algorithm.py."""
-import math
 import sys
 from types import SimpleNamespace
 
@@ -58,19 +57,3 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(trained):
     assert "alpha" in err and "50" in err
     call("train_gan.py", "--steps", 3, *GAN, "--alpha", 50, "--resume", cwd=trained)   # 50.0 is 50
     assert (trained / "runs/ours/last.pt").read_bytes() == before
-
-
-# ---------------------------------------------------------------------------- what it says
-
-
-def test_watch_names_a_dead_and_a_winning_discriminator(capsys):
-    said = set()
-    row = dict(zip(train_gan.COLUMNS, [0.7, 1.0, 0.69, 0.69, 0.5, 0.5, 0.1, 0, 0, 0]))
-    for change, word in (({"d_loss_real": math.log(2), "d_loss_refined": math.log(2)}, "dead"),
-                         ({"loss_adv": 9.0}, "wins"), ({"mean_change": 1.1}, "left the image"),
-                         ({}, "")):
-        train_gan.watch({**row, **change}, 1, said)
-        text = capsys.readouterr().out
-        assert word in text and bool(text) == bool(change)
-    train_gan.watch({**row, "loss_adv": 9.0}, 2, said)
-    assert capsys.readouterr().out == ""                   # once is enough

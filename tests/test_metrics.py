@@ -8,7 +8,7 @@ from scipy.linalg import sqrtm
 
 from models import (fid, jackknife_error, kid, leave_out, ssim, trace_sqrt_eigen,
                     trace_sqrt_nuclear)
-from segment import confusion, scores, scores_with_error, train
+from segment import confusion, scores, train
 
 SEEDS = range(5)                                      # of the tests on random inputs
 
@@ -317,23 +317,6 @@ def test_scores_equal_the_definition_of_cityscapes(seed):
     assert s["classes"] == 6 and s["IoU"][1] == 0 and s["IoU"][2] == 0
     assert s["mIoU"] == pytest.approx(np.nanmean(s["IoU"]), abs=1e-12)
     assert s["accuracy"] == pytest.approx(100 * np.mean([t == p for t, p in pairs]), abs=1e-10)
-
-
-def test_scores_with_error_are_those_of_the_sum():
-    """One matrix per image in, the scores of the whole set out; the accuracy's error, with one
-    known pixel in every image and an image a group, is that of a proportion."""
-    right = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1])
-    truth = torch.zeros(8, 1, 1, dtype=torch.long)
-    matrices = torch.stack(list(map(confusion, truth, 1 - right.view(8, 1, 1))))
-    s = scores_with_error(matrices)
-    assert s["accuracy"] == 75 and s["mIoU"] == scores(matrices.sum(0))["mIoU"]
-    assert s["accuracy_se"] == pytest.approx(100 * right.double().std().item() / 8 ** 0.5)
-
-
-def test_scores_of_an_empty_matrix():
-    """An all-void test set: accuracy 0, no class, mIoU nan rather than a number."""
-    s = scores(confusion(torch.full((2, 4), 255), PREDICTED, 4))
-    assert s["accuracy"] == 0 and s["classes"] == 0 and np.isnan(s["mIoU"])
 
 
 def test_an_all_void_batch_harms_nothing():

@@ -61,7 +61,6 @@ def test_segment_leaves_its_record_and_picture(finished):
     assert record["domains"] == domains and record["seeds"] == [0, 1]
     assert record["images"] == 9                            # equal for all: the smallest has 9
     assert record["epochs"] == 1 and "torch" in record["versions"]
-    assert all(s["mIoU_se"] >= 0 for s in record["scores"]["0"]["real"].values())
     text = (finished / "results/segment_unet.md").read_text()
     assert text.count("(0.49)") == 1 and text.count("(85.42)") == 1
     for picture in ("table7.png", "segment_unet.png"):
