@@ -1,0 +1,482 @@
+"""Nothing vanishes and nothing is read wrongly: properties of prepare.py over random folders and
+labels, and the checks without which a stage would begin what it cannot end."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import ROOT, call, start
+from PIL import Image
+
+from models import load_inception
+from prepare import TABLE, load_labels, names
+from support import cli
+from support.cli import UserError, write_json
+from support.raw import VOID_COLOURS
+from support.training import pick_device, to_float
+
+FLAGS = ["--crop", "none", "--size", 24, 48, "--workers", 1]
+
+
+def noise(seed, size=(30, 40)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8))
+
+
+def fill(folder, count, seed=0, suffix=".png"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        noise(100 * seed + i).save(folder / f"{i:03d}{suffix}")
+    return folder
+
+
+def record_of(cwd, out="data"):
+    return json.loads((cwd / out / "prepare.json").read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------ every file is accounted for
+
+GOOD = [".png", ".PNG", ".jpg", ".JPEG", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"]
+
+
+def random_tree(root, seed):
+    """Pictures of every kind, bad ones, other files and hidden ones, in folders, linked ones among
+    them. Returns how many files must be accounted for."""
+    choose, count = random.Random(seed), 0
+    folders = [root, root / "a", root / "ä" / "b c", root.parent / "elsewhere"]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    (root / "link").symlink_to(folders[3])                             # as a city may be
+    (root / "a" / "circle").symlink_to(root)
+    for i in range(40):
+        folder, kind = choose.choice(folders), choose.random()
+        if kind < 0.6:
+            suffix = choose.choice(GOOD)
+            image = noise(i).convert("P" if suffix == ".gif" else "RGB")
+            image.save(folder / f"{i}{suffix}", {".jfif": "JPEG"}.get(suffix))
+        elif kind < 0.7:
+            (folder / f"{i}.png").write_bytes(choose.randbytes(50))
+        elif kind < 0.75:
+            (folder / f"{i}.png").symlink_to("nowhere.png")
+        else:
+            (folder / f"{i}{choose.choice(['.txt', '.json', '', '.mp4'])}").write_text("x")
+        (folder / f"._{i}.png").write_bytes(b"of a Mac")
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_file_is_used_skipped_with_a_reason_or_counted(tmp_path, seed):
+    count = random_tree(tmp_path / "raw", seed)
+    fill(tmp_path / "real", 5)
+    limit = random.Random(seed).choice([[], ["--limit", 3], ["--test", 2, "--limit", 4]])
+    out, _ = call("prepare.py", "--synthetic", "raw", "--real", "real", *limit, "--out", "data",
+                  *FLAGS, cwd=tmp_path)
+    record = record_of(tmp_path)
+    used = record["counts"]["synthetic/train"] + record["counts"]["synthetic/test"]
+    real = record["counts"]["real/train"] + record["counts"]["real/test"]
+    assert used + real + len(record["skipped"]) + sum(record["not_read"].values()) \
+        + record["not_asked"] == count + 5
+    assert all(": " in line for line in record["skipped"])
+    for ending, n in record["not_read"].items():
+        assert f"{n} {ending}" in out
+    made = [n for s in ("train", "test") for n in names(tmp_path / "data/synthetic" / s)]
+    assert len(made) == len(set(made)) == used                 # none twice, none in both
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bad_frames_do_not_eat_test_and_limit(tmp_path, seed):
+    """n are made where so many usable ones exist; else the last lines say how many there were. The
+    usable ones among those that would have been held out are held out still."""
+    choose = random.Random(seed)
+    fill(tmp_path / "raw", 14)
+    bad = set(choose.sample(range(14), choose.randint(1, 8)))
+    for i in bad:
+        (tmp_path / f"raw/{i:03d}.png").write_bytes(b"")
+    test, limit = choose.randint(1, 4), choose.randint(1, 8)
+    out, _ = call("prepare.py", "--synthetic", "raw", "--real", "raw", "--test", test, "--limit",
+                  limit, "--out", "data", *FLAGS, cwd=tmp_path)
+    for domain, stream in (("synthetic", 0), ("real", 2)):
+        found = {s: names(tmp_path / "data" / domain / s) for s in ("test", "train")}
+        usable = 14 - len(bad)
+        assert len(found["test"]) == min(test, usable - 1) or len(found["test"]) == test
+        assert len(found["train"]) == min(limit, usable - test)
+        assert (f"{domain}/train: asked {limit}, got" in out) == (limit > usable - test)
+        first = np.random.default_rng([0, stream]).permutation(14)[:test]
+        assert {f"{i:03d}" for i in first if i not in bad} <= set(found["test"])
+
+
+def test_the_default_for_test_is_200_or_a_fifth(tmp_path):
+    for count, test in ((4, 2), (10, 3), (40, 8)):
+        fill(tmp_path / str(count), count)
+        out, _ = call("prepare.py", "--synthetic", str(count), "--real", "4", "--out",
+                      f"data{count}", *FLAGS, cwd=tmp_path)
+        assert len(names(tmp_path / f"data{count}/synthetic/test")) == test
+        assert f"to test on: {test} synthetic, 2 real" in out
+
+
+def test_a_folder_that_holds_labels_too_is_refused(tmp_path):
+    """Which folder was meant stands in the line."""
+    fill(tmp_path / "gta/images", 4), fill(tmp_path / "gta/labels", 4)
+    fill(tmp_path / "cs/leftImg8bit/train/ulm", 4), fill(tmp_path / "cs/gtFine/train/ulm", 4)
+    fill(tmp_path / "mixed", 4)
+    noise(0).save(tmp_path / "mixed/000_gtFine_color.png")
+    for folder, words in (("gta", ("gta/labels", "give gta/images")), ("mixed", ("000_gtFine_color",)),
+                          ("cs", ("cs/gtFine", "give cs/leftImg8bit"))):
+        _, err = call("prepare.py", "--synthetic", folder, "--real", "gta/images", *FLAGS,
+                      cwd=tmp_path, status=2)
+        assert all(word in err.splitlines()[-1] for word in words), err
+
+
+def test_what_lies_beside_the_labels_of_the_official_sets(raw, tmp_path):
+    """N_labelTrainIds.png beside N.png, and Cityscapes' other files: counted, not refused; alone
+    they are the labels. A missing gtFine/val, or only gtCoarse, is named."""
+    shutil.copytree(raw, tmp_path / "raw")
+    gta, cs = tmp_path / "raw/gtav", tmp_path / "raw/cityscapes"
+    for file in (gta / "labels").glob("*.png"):
+        noise(0).save(file.with_name(f"{file.stem}_labelTrainIds.png"))
+    command = ["prepare.py", "--gta5", gta, "--cityscapes", cs, "--test", 3, *FLAGS]
+    call(*command, "--strict", cwd=tmp_path)
+    assert record_of(tmp_path)["not_read"] == {"_labelTrainIds.png": 12}
+    table = {label_id: i for i, (_, label_id, _) in enumerate(TABLE)}
+    for file in cs.rglob("*_labelIds.png"):
+        ids = np.array(Image.open(file))
+        new = np.vectorize(lambda v: table.get(v, 255))(ids).astype(np.uint8)
+        Image.fromarray(new).save(file.with_name(file.name.replace("labelIds", "labelTrainIds")))
+        file.unlink()
+    call(*command, "--out", "again", cwd=tmp_path)
+    for split in ("train", "test"):
+        assert torch.equal(load_labels(tmp_path / "data/real" / split),
+                           load_labels(tmp_path / "again/real" / split))
+    shutil.rmtree(cs / "gtFine/val")
+    assert "gtFine/val: is missing" in call(*command, "--out", "c", cwd=tmp_path, status=2)[1]
+    (cs / "gtFine").rename(cs / "gtCoarse")
+    assert "gtCoarse/ only" in call(*command, "--out", "d", cwd=tmp_path, status=2)[1]
+
+
+def test_names_in_two_forms_of_unicode_match(tmp_path):
+    for form, folder in (("NFC", "images"), ("NFD", "labels")):
+        (tmp_path / folder).mkdir()
+        for i in range(4):
+            name = unicodedata.normalize(form, f"Straße in Köln {i}.png")
+            image = noise(i) if folder == "images" else Image.new("L", (40, 30), 23)
+            image.save(tmp_path / folder / name)
+    call("prepare.py", "--synthetic", "images", "labels", "--real", "images", *FLAGS,
+         cwd=tmp_path)
+    assert not record_of(tmp_path)["skipped"]
+
+
+# ---------------------------------------------------------------------- a label is right or refused
+
+
+def as_palette(ids, colours, order):
+    """Mode P: the index of ids is order[ids], its colour that of the ids."""
+    image, palette = Image.fromarray(order[ids].astype(np.uint8)), np.zeros((256, 3), np.uint8)
+    palette[order] = colours
+    image.putpalette(palette.ravel().tolist())
+    return image
+
+
+def official():
+    colours = np.zeros((256, 3), np.uint8)
+    for label_id, colour in [*VOID_COLOURS.items(), *[row[1:] for row in TABLE]]:
+        colours[label_id] = colour
+    return colours
+
+
+GREYS = np.arange(256).repeat(3).reshape(256, 3).astype(np.uint8)
+TRAIN_IDS = np.full(256, 255, np.uint8)
+TRAIN_IDS[[row[1] for row in TABLE]] = range(19)
+# How good labels may have been saved: (ids uint8 [H, W], rng) -> image, ending, further flags.
+SAME = {
+    "grey": lambda ids, rng: (Image.fromarray(ids), ".png", []),
+    "any palette": lambda ids, rng: (as_palette(ids, rng.integers(0, 256, (256, 3)),
+                                                np.arange(256)), ".png", []),
+    "GTA-V's palette": lambda ids, rng: (as_palette(ids, official(), np.arange(256)), ".png", []),
+    "no palette": lambda ids, rng: (as_palette(ids, np.zeros((256, 3)), np.arange(256)), ".png", []),
+    "sorted palette": lambda ids, rng: (as_palette(ids, official(), rng.permutation(256)), ".png",
+                                        []),
+    "sorted greys": lambda ids, rng: (as_palette(ids, GREYS, rng.permutation(256)), ".png", []),
+    "three channels": lambda ids, rng: (Image.fromarray(np.stack([ids] * 3, 2)), ".png", []),
+    "16 bits": lambda ids, rng: (Image.fromarray(ids.astype(np.uint16)), ".png", []),
+    "TIFF": lambda ids, rng: (Image.fromarray(ids), ".tif", []),
+    "BMP": lambda ids, rng: (Image.fromarray(ids), ".bmp", []),
+    "trainIds": lambda ids, rng: (Image.fromarray(TRAIN_IDS[ids]), ".png",
+                                  ["--label-ids", "trainIds"]),
+    "trainIds in colour": lambda ids, rng: (as_palette(
+        TRAIN_IDS[ids], np.concatenate([[row[2] for row in TABLE], np.zeros((237, 3))]),
+        np.arange(256)), ".png", []),
+}
+REFUSED = {                                          # -> words of the line
+    "trainIds": (lambda ids, rng: (Image.fromarray(TRAIN_IDS[ids]), ".png"), "--label-ids trainIds"),
+    "a mask": (lambda ids, rng: (Image.fromarray(np.uint8(255) * (ids > 20)), ".png"), "a mask"),
+    "JPEG": (lambda ids, rng: (Image.fromarray(ids), ".jpg"), "JPEG"),
+    "colours": (lambda ids, rng: (Image.fromarray(official()[ids]), ".png"), "picture of colours"),
+}
+
+
+def labelled(cwd, change, seed):
+    """8 labels of blocks, changed, in labels/, pictures in images/: the flags that they want."""
+    blocks, rng, rest = np.random.default_rng(seed), np.random.default_rng(seed + 1), []
+    known = [row[1] for row in TABLE] + [1, 3, 5, 15]      # void ids among them; no pole's double
+    for folder in ("images", "labels"):
+        (cwd / folder).mkdir(parents=True)
+    for i in range(8):
+        ids = blocks.choice(known, (6, 8)).repeat(5, 0).repeat(5, 1).astype(np.uint8)
+        image, ending, *rest = change(ids, rng)
+        image.save(cwd / f"labels/{i}{ending}")
+        noise(i).save(cwd / f"images/{i}.png")
+    return ["--synthetic", "images", "labels", "--real", "images", *FLAGS, *(rest or [[]])[0]]
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", SAME)
+def test_a_label_that_says_the_same_is_read_the_same(tmp_path, name, seed):
+    for kind in ("grey", name):
+        cwd = tmp_path / kind
+        if not cwd.exists():
+            call("prepare.py", *labelled(cwd, SAME[kind], seed), cwd=cwd)
+    for split in ("train", "test"):
+        assert torch.equal(load_labels(tmp_path / "grey/data/synthetic" / split),
+                           load_labels(tmp_path / name / "data/synthetic" / split))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_label_that_would_be_read_wrongly_is_refused(tmp_path, name):
+    change, words = REFUSED[name]
+    _, err = call("prepare.py", *labelled(tmp_path, change, 0), cwd=tmp_path, status=2)
+    assert words in err.splitlines()[-1]
+
+
+def test_void_is_said_before_anything_is_trained_on_it(tmp_path):
+    """A mask of 0 and 255 that is said to be labelIds; and segment.py refuses it."""
+    flags = labelled(tmp_path, REFUSED["a mask"][0], 0)
+    out, _ = call("prepare.py", *flags, "--label-ids", "labelIds", cwd=tmp_path)
+    assert "warning: synthetic: 100% of the pixels of its labels are void" in out
+    shutil.copytree(tmp_path / "data/synthetic", tmp_path / "data/real", dirs_exist_ok=True)
+    _, err = call("segment.py", cwd=tmp_path, status=2)
+    assert "every pixel is void" in err
+
+
+def test_a_turned_photo_with_a_label_is_skipped(tmp_path):
+    flags, exif = labelled(tmp_path, SAME["grey"], 0), Image.Exif()
+    exif[0x0112] = 6
+    noise(0).save(tmp_path / "images/0.png", exif=exif)
+    call("prepare.py", *flags, cwd=tmp_path)
+    (line,) = [x for x in record_of(tmp_path)["skipped"] if "0.png" in x]
+    assert "EXIF" in line
+
+
+# ------------------------------------------------------------------------------- own classes
+
+
+def test_two_classes_of_ones_own_from_end_to_end(tmp_path):
+    """Binary segmentation: names in the tables, networks of two classes, no number of the paper."""
+    (tmp_path / "classes.txt").write_text("ground\nobstacle\n")
+    for domain in ("synthetic", "real"):
+        fill(tmp_path / domain, 10), (tmp_path / f"{domain}-labels").mkdir()
+        for i in range(10):
+            label = np.zeros((30, 40), np.uint8)
+            label[10:20, i:i + 20], label[0] = 1, 255
+            Image.fromarray(label).save(tmp_path / f"{domain}-labels/{i:03d}.png")
+    command = ["prepare.py", *FLAGS]
+    for domain in ("synthetic", "real"):
+        command += [f"--{domain}", domain, f"{domain}-labels"]
+    out, _ = call(*command, "--classes", "classes.txt", cwd=tmp_path)
+    assert "obstacle" in out and "sidewalk" not in out
+    call("segment.py", "--network", "unet", "--epochs", 1, "--batch-size", 4, cwd=tmp_path)
+    text = (tmp_path / "results/segment_unet.md").read_text()
+    assert "| obstacle |" in text and "0.49" not in text and "| classes in the mean | 2 | 2 |" in text
+    weights = torch.load(tmp_path / "results/weights/unet_real_seed0.pt", weights_only=True)
+    assert len(weights["weights"]["head.bias"]) == 2
+    (tmp_path / "classes.txt").write_text("ground\nground\n")
+    _, err = call(*command, "--classes", "classes.txt", "--out", "b", cwd=tmp_path, status=2)
+    assert "classes.txt: wanted 2 to 254 different names" in err
+
+
+# ----------------------------------------------------------- nothing begins that cannot end
+
+
+@pytest.fixture
+def refined(fresh):
+    call("refine.py", "--checkpoint", "runs/ours/pretrain.pt", cwd=fresh)
+    return fresh
+
+
+@pytest.mark.parametrize("script", [["segment.py", "--network", "unet"],
+                                    ["evaluate.py", "--inception", "random"]])
+def test_a_domain_of_other_images_is_named_before_the_work(refined, script):
+    """Of another size, of other frames, or of the same names prepared anew."""
+    data, keep = refined / "data", refined / "keep"
+    shutil.copytree(data, keep)
+    for change, words in ((larger, ("images are 48 x 96",)), (renamed, ("other images",)),
+                          (repainted, ("other images",))):
+        change(data)
+        _, err = call(*script, cwd=refined, status=2)
+        assert all(word in err.splitlines()[-1] for word in (*words, "data/ours")), err
+        assert "epoch" not in err and "batch" not in err
+        shutil.rmtree(data)
+        shutil.copytree(keep, data)
+
+
+def larger(data):
+    for file in data.glob("ours/*/*/*.png"):
+        image = Image.open(file)
+        image.resize((96, 48), Image.NEAREST).save(file)
+
+
+def renamed(data):
+    for file in data.glob("ours/*/*/*.png"):
+        file.rename(file.with_name(f"x{file.name}"))
+
+
+def repainted(data):
+    for file in data.glob("synthetic/*/images/*.png"):
+        noise(0, (24, 48)).save(file)
+
+
+def test_a_run_goes_on_with_data_that_was_moved(fresh):
+    """Also with a slash behind it; not with other images."""
+    gan = ["train_gan.py", "--batch-size", 4, "--save-every", 2, "--sample-every", 2]
+    call(*gan, "--steps", 2, cwd=fresh)
+    (fresh / "data").rename(fresh / "my data")
+    call(*gan, "--steps", 2, "--resume", "--data", "my data/", cwd=fresh)
+    noise(0, (24, 48)).save(next((fresh / "my data/real/train/images").iterdir()))
+    _, err = call(*gan, "--steps", 2, "--resume", "--data", "my data", cwd=fresh, status=2)
+    assert "images" in err
+
+
+def script(code, **environment):
+    """Run Python code that knows the project as a process of its own."""
+    return subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                           + code], capture_output=True, encoding="utf-8", errors="replace",
+                          env={**os.environ, **environment})
+
+
+def test_paths_have_spaces_slashes_and_a_home(raw, tmp_path):
+    """--out=~/x and --out ~/x are the home folder's; gtav/ after gtav is the same folder."""
+    home = shutil.copytree(raw, tmp_path / "my home")
+    for slash, out in (("", ["--out=~/x"]), ("/", ["--out", "~/x"])):
+        flags = ["--gta5", f"~/gtav{slash}", f"--cityscapes=~/cityscapes{slash}", "--test", 3, *out,
+                 *FLAGS]
+        done = script(f"sys.argv += {[str(flag) for flag in flags]}\nimport prepare\n"
+                      "prepare.start(prepare.main)", HOME=str(home))
+        assert done.returncode == 0, done.stderr
+    assert record_of(home, "x")["settings"]["gta5"] == str(home / "gtav")
+
+
+def test_figures_need_no_backend(tmp_path):
+    """Every notebook's environment names one that a script may lack."""
+    done = script("from support.figures import save_matrices\n"
+                  f"save_matrices({str(tmp_path / 'a.png')!r}, {{'t': [[1.0]], 'u': [[2.0]]}}, ['a'], ['b'])",
+                  MPLBACKEND="module://matplotlib_inline.backend_inline")
+    assert done.returncode == 0 and (tmp_path / "a.png").is_file(), done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_cannot_be_printed_is_replaced(encoding):
+    done = script("from support.cli import start\nstart(lambda: print('\u0141 \u00b1 1'))",
+                  PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_goes_away_is_said(tmp_path):
+    """| head -1: the data is either whole or said to be unfinished."""
+    done = subprocess.run(f"{sys.executable} {ROOT}/prepare.py --demo --size 24 48 --limit 2 --test "
+                          "1 --workers 1 | true", shell=True, cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert "run it again" in done.stderr or record_of(tmp_path)["finished"]
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("number", sorted(cli.NO_LOCKS))
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys, number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(cli.fcntl, "lockf", fail)
+    cli.lock(tmp_path)
+    assert "no locks" in capsys.readouterr().err
+
+
+def test_json_has_no_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [1.5, float("nan"), (float("inf"), "b")], "c": {"d": None}})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == {"a": [1.5, None, [None, "b"]], "c": {"d": None}}
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta", "cuda:99", "nothing", "cpu:1"])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(UserError, match=f"--device {name}"):
+        pick_device(name)
+
+
+def test_a_processor_without_the_operator_has_no_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert str(pick_device("cpu", "bfloat16")) == "cpu"
+
+
+def test_a_compiler_that_is_missing_is_one_line(fresh):
+    done = script("from train_gan import main\nfrom support.cli import start\n"
+                  "sys.argv = ['train_gan.py', '--compile', '--steps', '1', '--data', "
+                  f"{str(fresh / 'data')!r}, '--run', {str(fresh / 'runs/ours')!r}]\nstart(main)",
+                  CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(fresh / "cache"))
+    assert done.returncode == 2 and "--compile does not work here" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", None])
+@pytest.mark.parametrize("file", ["inception_v3_google-0cc3c7bd.pth", "resnet50-11ad3fa6.pth"])
+def test_a_damaged_download_names_the_file_to_delete(tmp_path, monkeypatch, content, file):
+    """Empty, a web page, or cut short, in torch's cache."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    kept = tmp_path / "hub/checkpoints" / file
+    kept.parent.mkdir(parents=True)
+    if content is None:
+        torch.save({"a": torch.zeros(999)}, kept)
+        content = kept.read_bytes()[:2000]
+    kept.write_bytes(content)
+    from models import DeepLabV3Plus
+    with pytest.raises(UserError, match=f"{file} is damaged; delete it"):
+        load_inception() if "inception" in file else DeepLabV3Plus(backbone_weights="imagenet")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_signals_save_and_stop(fresh, name):
+    """Also that of a closed terminal, to which nothing can be written any more."""
+    command = ["train_gan.py", "--steps", 60, "--batch-size", 2, "--save-every", 2,
+               "--sample-every", 60]
+    process, last = start(*command, cwd=fresh), fresh / "runs/ours/last.pt"
+    process.wait_for(last.exists)
+    os.kill(process.pid, getattr(signal, name))
+    assert process.wait() == 130
+    assert not torch.load(last, weights_only=True)["finished"]
+
+
+# ------------------------------------------------------------------ FID as pytorch-fid computes it
+
+
+@pytest.mark.parametrize("classes", [1000, 1008])
+def test_weights_are_computed_as_their_owner_does(tmp_path, classes):
+    """pytorch-fid's file has 1008 classes, and its last block takes the maximum where it averages:
+    exactly the last 192 of 2048 numbers differ. The copy here is torchvision's own block, told so."""
+    torch.manual_seed(0)
+    net = torchvision.models.inception_v3(weights=None, init_weights=False, aux_logits=False,
+                                          num_classes=classes)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    x = to_float(torch.randint(0, 256, (2, 3, 80, 160), dtype=torch.uint8))
+    layers = [load_inception(tmp_path / "net.pth", layer) for layer in ("Mixed_7b", "pool3")]
+    assert layers[1].is_pytorch_fid == (classes == 1008)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        before, found = layers[0](x), layers[1](x)
+        average, maximum = F.avg_pool2d, F.max_pool2d
+        patch.setattr(F, "avg_pool2d", lambda x, **k: average(x, **k, count_include_pad=False)
+                      if classes == 1000 else maximum(x, **k))
+        wanted = net.eval().Mixed_7c(before).mean((2, 3))
+    torch.testing.assert_close(found, wanted)
