@@ -1,0 +1,166 @@
+"""What only a GPU does: the same numbers as a CPU, no waiting inside a step, any device resumes.
+
+Skipped where there is no CUDA device. Tolerances: float32 sums are in another order there (1e-4 of
+the largest value); TF32 is off.
+"""
+import copy
+import math
+
+import pytest
+import torch
+from conftest import call, start
+
+import refine
+import train_gan
+from models import (DeepLabV3Plus, Discriminator, Refiner, UNet, fid, inception_features,
+                    load_inception)
+from pretrain import update_D as pretrain_D
+from pretrain import update_R as pretrain_R
+from support.training import (Batches, autocast, keep_on, make_optimizer, pick_device, place,
+                              to_float)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", "cuda"]
+
+
+def images(n, height=80, width=160, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8, generator=random)
+
+
+def close(found, wanted, tolerance=1e-4):
+    found, wanted = found.float().cpu(), wanted.float()
+    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def networks(device):
+    """R and D of one seed, on a device."""
+    torch.manual_seed(0)
+    nets = [Refiner(), Discriminator()]
+    return [place(net, pick_device(device), learning=True) for net in nets]
+
+
+def gan_step(device):
+    """Two updates of R and one of D on equal batches: all values and weights."""
+    R, D = networks(device)
+    optimizers = [make_optimizer(name, net.parameters(), lr)
+                  for name, net, lr in (("sgd", R, 1e-4), ("momentum", D, 1e-3))]
+    batches, values = Batches(0, device), {}
+    history = train_gan.History(8, batches.random, device)
+    x, y = images(6), images(6, seed=1)
+    history.add(train_gan.refine(R, batches.draw(x, 4)))
+    for _ in range(2):
+        values |= train_gan.update_R(R, D, optimizers[0], batches.draw(x, 4), 50, 4e-6, 512)
+    values |= train_gan.update_D(R, D, optimizers[1], batches.draw(x, 2), batches.draw(y, 4),
+                                 history, 2)
+    return values, [*R.parameters(), *D.parameters()]
+
+
+def test_a_gan_step_is_a_cpus():
+    (values, weights), (found, others) = gan_step("cpu"), gan_step("cuda")
+    for name, value in values.items():
+        close(found[name], value, 1e-3)
+    for weight, other in zip(weights, others):
+        close(other, weight)
+
+
+def test_a_pre_training_step_is_a_cpus():
+    results = {}
+    for device in DEVICES:
+        R, D = networks(device)
+        psi = load_inception("random", "Conv2d_4a_3x3", images(4)).to(device)
+        x, y = to_float(images(4).to(device)), to_float(images(4, seed=1).to(device))
+        row = pretrain_R(R, make_optimizer("adam", R.parameters(), 1e-4), x, psi)
+        other = pretrain_D(D, make_optimizer("momentum", D.parameters(), 1e-3), x, y)
+        results[device] = [row["loss"], other["loss"], *D.parameters()]
+    for found, wanted in zip(results["cuda"], results["cpu"]):
+        close(found, wanted, 1e-3)
+
+
+def test_refined_pictures_are_a_cpus():
+    R, _ = networks("cpu")
+    picture = images(1, 100, 120)[0].permute(1, 2, 0).numpy()
+    wanted = refine.refine_tiles(R, picture, "cpu").astype(int)
+    found = refine.refine_tiles(copy.deepcopy(R).cuda(), picture, "cuda")
+    assert abs(found - wanted).max() <= 1
+
+
+def test_features_and_fid_are_a_cpus():
+    net, a, b = load_inception("random", images=images(16)), images(12), images(12, seed=1)
+    found = {}
+    for device in DEVICES:
+        features = [inception_features(net, x, device) for x in (a, b)]
+        found[device] = [*features, torch.tensor(fid(*features))]
+    for value, wanted in zip(found["cuda"], found["cpu"]):
+        close(value, wanted, 1e-3)
+    assert fid(*[f.cuda() for f in found["cpu"][:2]]) == pytest.approx(fid(*found["cpu"][:2]))
+
+
+@pytest.mark.parametrize("Network", [UNet, DeepLabV3Plus])
+def test_segmentation_is_a_cpus(Network):
+    torch.manual_seed(0)
+    net, x = Network().eval(), to_float(images(2))
+    with torch.no_grad():
+        wanted = net(x)
+        close(place(net, pick_device("cuda"))(x.cuda()), wanted, 1e-3)
+
+
+@pytest.mark.parametrize("flags", [["--precision", "tf32"], ["--precision", "bfloat16"],
+                                   ["--compile"]])
+def test_every_way_to_be_faster_trains_and_saves_the_same_keys(fresh, flags):
+    gan = ["train_gan.py", "--steps", 4, "--batch-size", 2, "--sample-every", 2]
+    call(*gan, "--device", "cpu", cwd=fresh)
+    wanted = torch.load(fresh / "runs/ours/last.pt", weights_only=True)
+    call(*gan, "--device", "cuda", *flags, "--overwrite", cwd=fresh)
+    found = torch.load(fresh / "runs/ours/last.pt", weights_only=True)
+    for part in ("refiner", "discriminator", "average"):
+        assert found[part].keys() == wanted[part].keys()
+        assert all(torch.isfinite(w).all() for w in found[part].values())
+    if "--precision" in flags:
+        call("segment.py", "--network", "unet", "--epochs", 1, "--batch-size", 4, "--device", "cuda",
+             "--train", "real", *flags, cwd=fresh)
+
+
+@pytest.mark.parametrize("first, then", [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_stopped_on_one_device_resumes_on_the_other(fresh, first, then):
+    gan = ["train_gan.py", "--steps", 60, "--batch-size", 2, "--save-every", 2, "--sample-every", 60]
+    last = fresh / "runs/ours/last.pt"
+    process = start(*gan, "--device", first, cwd=fresh)
+    process.wait_for(last.exists)
+    process.terminate()
+    assert process.wait() == 130
+    call(*gan, "--device", then, "--resume", cwd=fresh)
+    state = torch.load(last, weights_only=True)
+    assert state["step"] == 60 and all(math.isfinite(row[0]) for row in state["log"])
+
+
+def test_images_that_do_not_fit_stay_in_main_memory(monkeypatch, capsys):
+    device = torch.device("cuda")
+    assert all(x.is_cuda for x in keep_on(device, images(2), images(2)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 1000))
+    kept = keep_on(device, images(2), images(2))
+    assert not any(x.is_cuda for x in kept) and "stay in main memory" in capsys.readouterr().out
+    assert Batches(0, device).draw(kept[0], 2).is_cuda
+
+
+def test_a_step_does_not_wait_for_the_gpu():
+    """From the batches to the average; the log reads the losses every 20 steps."""
+    device, (R, D) = torch.device("cuda"), networks("cuda")
+    optimizers = [make_optimizer("sgd", net.parameters(), 1e-4) for net in (R, D)]
+    batches, average = Batches(0, device), copy.deepcopy(R)
+    x, y = keep_on(device, images(6), images(6))
+    history = train_gan.History(4, batches.random, device)
+    history.add(train_gan.refine(R, batches.draw(x, 4)))
+
+    def step():
+        with autocast(device, "bfloat16"):
+            train_gan.update_R(R, D, optimizers[0], batches.draw(x, 4), 50, 4e-6, 512)
+            train_gan.update_D(R, D, optimizers[1], batches.draw(x, 2), batches.draw(y, 4),
+                               history, 2)
+        train_gan.update_average(average, R, 3)
+    step()                                                    # what is made once is made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
