@@ -142,7 +142,8 @@ def in_parallel(function, jobs, workers):
     try:
         with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
             try:
-                yield from progress(pool.map(function, jobs, chunksize=8), total=len(jobs),
+                some = min(8, -(-len(jobs) // (4 * workers)))        # at a time, to each
+                yield from progress(pool.map(function, jobs, chunksize=some), total=len(jobs),
                                     unit="image")
             except GeneratorExit:                    # nobody wants the rest
                 pool.shutdown(cancel_futures=True)

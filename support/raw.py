@@ -299,9 +299,9 @@ def lookup(ids, table):
     return known
 
 
-def by_colour(values, colours, ids, table):
+def by_colour(values, used, colours, ids, table):
     """trainIds as the colours of a palette say, or None where they say no more than `values`: all
-    that are used must be Cityscapes', and one at least not at its own place."""
+    that are `used` must be Cityscapes', and one at least not at its own place."""
     official, meaning = palette_of(table), {(0, 0, 0): IGNORE}
     if ids == "labelIds":
         official = np.zeros((256, 3), np.uint8)
@@ -309,7 +309,7 @@ def by_colour(values, colours, ids, table):
             official[label_id] = colour
     meaning.update(dict.fromkeys(VOID_COLOURS.values(), IGNORE))
     meaning.update({colour: i for i, (_, _, colour) in enumerate(table)})
-    shown = {i: tuple(map(int, colours[i])) for i in np.unique(values)}
+    shown = {i: tuple(map(int, colours[i])) for i in used}
     at_home = all(colour == tuple(official[i]) for i, colour in shown.items())
     known = all(colour in meaning for colour in shown.values())
     if at_home or not known or not any(map(any, shown.values())):
@@ -320,12 +320,12 @@ def by_colour(values, colours, ids, table):
     return train_id[values]
 
 
-def by_grey(values, colours, valid):
+def by_grey(values, used, colours, valid):
     """Label values that were greys before a program made a palette of them, or None: the greys must
     differ, not all be black, and be `valid`, bool [256]."""
-    used = colours[np.unique(values)]
-    grey = used[:, 0]
-    if (used != used[:, :1]).any() or len(np.unique(grey)) < len(grey) or not grey.any():
+    shown = colours[used]
+    grey = shown[:, 0]
+    if (shown != shown[:, :1]).any() or len(np.unique(grey)) < len(grey) or not grey.any():
         return None
     return colours[values][..., 0] if valid[grey].all() else None
 
@@ -336,10 +336,11 @@ def read_label(file, ids, table):
     values, colours = read_ids(file)
     known = lookup(ids, table)
     if colours is not None:
-        label = by_colour(values, colours, ids, table)
+        used = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
+        label = by_colour(values, used, colours, ids, table)
         if label is not None:
             return Image.fromarray(label), 255
-        grey = by_grey(values, colours, known != UNKNOWN)
+        grey = by_grey(values, used, colours, known != UNKNOWN)
         values = values if grey is None else grey
     label = known[values]
     if (label == UNKNOWN).any():

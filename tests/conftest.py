@@ -1,6 +1,7 @@
 """Shared by the tests: run a script as a user does, and draw tiny raw data sets."""
 import multiprocessing
 import os
+import resource
 import runpy
 import shutil
 import sys
@@ -24,8 +25,10 @@ FORKS.set_forkserver_preload(["conftest", "torch", "torchvision", "matplotlib.py
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 
 
-def as_main(script, args, cwd, out):
-    """In the new process: what `python script args` does."""
+def as_main(script, args, cwd, out, megabytes):
+    """In the new process: what `python script args` does; on a disk that takes no larger file."""
+    if megabytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 1e6),) * 2)
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{out}/{name}", os.O_WRONLY | os.O_CREAT), stream)
     multiprocessing.set_start_method("fork", force=True)       # of its own workers, as usual
@@ -38,10 +41,10 @@ def as_main(script, args, cwd, out):
 class Command:
     """A script that runs, on one thread; like subprocess.Popen."""
 
-    def __init__(self, script, *args, cwd):
+    def __init__(self, script, *args, cwd, megabytes=None):
         self.folder = tempfile.TemporaryDirectory()
         self.process = FORKS.Process(target=as_main, args=(
-            script, [str(a) for a in args], str(cwd), self.folder.name))
+            script, [str(a) for a in args], str(cwd), self.folder.name, megabytes))
         self.process.start()
         self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, \
             self.process.terminate
@@ -66,14 +69,14 @@ class Command:
             time.sleep(0.002)
 
 
-def start(script, *args, cwd):
+def start(script, *args, cwd, megabytes=None):
     """Start `python script args` in `cwd`; returns a Command."""
-    return Command(script, *args, cwd=cwd)
+    return Command(script, *args, cwd=cwd, megabytes=megabytes)
 
 
-def call(script, *args, cwd, status=0):
+def call(script, *args, cwd, status=0, megabytes=None):
     """Run a script to its end, check its exit status; returns (stdout, stderr)."""
-    process = start(script, *args, cwd=cwd)
+    process = start(script, *args, cwd=cwd, megabytes=megabytes)
     found, out, err = process.wait(), process.read("stdout"), process.read("stderr")
     assert found == status, f"{script} {args}: {found}\n{out}\n{err}"
     return out, err

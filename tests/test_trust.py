@@ -73,7 +73,7 @@ def random_tree(root, seed):
     return count
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_every_file_is_used_skipped_with_a_reason_or_counted(tmp_path, seed):
     count = random_tree(tmp_path / "raw", seed)
     fill(tmp_path / "real", 5)
@@ -92,7 +92,7 @@ def test_every_file_is_used_skipped_with_a_reason_or_counted(tmp_path, seed):
     assert len(made) == len(set(made)) == used                 # none twice, none in both
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_bad_frames_do_not_eat_test_and_limit(tmp_path, seed):
     """n are made where so many usable ones exist; else the last lines say how many there were. The
     usable ones among those that would have been held out are held out still."""
@@ -237,13 +237,12 @@ def labelled(cwd, change, seed):
     return ["--synthetic", "images", "labels", "--real", "images", *FLAGS, *(rest or [[]])[0]]
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", SAME)
-def test_a_label_that_says_the_same_is_read_the_same(tmp_path, name, seed):
+def test_a_label_that_says_the_same_is_read_the_same(tmp_path, name):
     for kind in ("grey", name):
         cwd = tmp_path / kind
         if not cwd.exists():
-            call("prepare.py", *labelled(cwd, SAME[kind], seed), cwd=cwd)
+            call("prepare.py", *labelled(cwd, SAME[kind], len(name)), cwd=cwd)
     for split in ("train", "test"):
         assert torch.equal(load_labels(tmp_path / "grey/data/synthetic" / split),
                            load_labels(tmp_path / name / "data/synthetic" / split))
@@ -423,12 +422,13 @@ def test_a_processor_without_the_operator_has_no_bfloat16(monkeypatch):
     assert str(pick_device("cpu", "bfloat16")) == "cpu"
 
 
-def test_a_compiler_that_is_missing_is_one_line(fresh):
-    done = script("from train_gan import main\nfrom support.cli import start\n"
-                  "sys.argv = ['train_gan.py', '--compile', '--steps', '1', '--data', "
-                  f"{str(fresh / 'data')!r}, '--run', {str(fresh / 'runs/ours')!r}]\nstart(main)",
-                  CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(fresh / "cache"))
-    assert done.returncode == 2 and "--compile does not work here" in done.stderr.splitlines()[-1]
+def test_a_compiler_that_is_missing_is_one_line(capsys):
+    """What torch.compile raises where there is none (tried with CXX=no-such-compiler)."""
+    def main():
+        raise torch._inductor.exc.InductorError(RuntimeError("No working C++ compiler found"), "x")
+    with pytest.raises(SystemExit) as stop:
+        cli.start(main)
+    assert stop.value.code == 2 and "--compile does not work here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", None])
