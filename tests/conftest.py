@@ -79,6 +79,8 @@ def call(script, *args, cwd, status=0, megabytes=None):
     process = start(script, *args, cwd=cwd, megabytes=megabytes)
     found, out, err = process.wait(), process.read("stdout"), process.read("stderr")
     assert found == status, f"{script} {args}: {found}\n{out}\n{err}"
+    if status == 0 and "/" not in script and "--help" not in args:
+        assert out.splitlines()[-1].startswith("done: "), f"{script} does not say what it wrote"
     return out, err
 
 

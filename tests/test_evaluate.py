@@ -149,6 +149,16 @@ def test_the_report_shows_everything(printed, folder):
     for words in ("| N |", "random features, not an FID |", "60.82", "± ", "N = 4"):
         assert words in text
     assert "missing: data/pretrained/" in out
+    for name in ("ours", "ours - simgan"):                     # each number in its column
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+        scores = record["rows"][name]["scores"] if name == "ours" else record["differences"][name]
+        sign = "" if name == "ours" else "+"
+        wanted = [f"{scale * scores[metric]['value']:{sign}.{digits}f} ± "
+                  f"{scale * scores[metric]['se']:.{digits}f}" for metric, scale, digits in (
+                      ("fid", 1, 2), ("kid", 1000, 2), ("ssim", 1, 4), ("ssim_range1", 1, 4))]
+        found = [cell.strip("() ").removesuffix(") inside its error") for cell in
+                 line.strip("| ").split(" | ")]
+        assert found[-6:-2] == wanted or found[-4:] == wanted, line
 
 
 def test_every_score_can_be_traced(printed):

@@ -3,8 +3,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import call
 
+import pretrain
 import train_gan
 from models import Refiner
 
@@ -57,3 +59,26 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(trained):
     assert "alpha" in err and "50" in err
     call("train_gan.py", "--steps", 3, *GAN, "--alpha", 50, "--resume", cwd=trained)   # 50.0 is 50
     assert (trained / "runs/ours/last.pt").read_bytes() == before
+
+
+def test_the_summary_is_of_the_last_50_steps_of_each(tmp_path, capsys):
+    """R's change, then D's loss and accuracy; the steps before are of no interest."""
+    rows = [{"mean_change_or_accuracy": 9.0, "loss": 9.0}] * 10
+    rows += [{"mean_change_or_accuracy": 0.25, "loss": 3.0}] * 50
+    rows += [{"mean_change_or_accuracy": 8.0, "loss": 8.0}] * 10
+    rows += [{"mean_change_or_accuracy": 0.75, "loss": 0.5}] * 50
+    pretrain.summarise(tmp_path / "a.png", Refiner(4, 1), torch.zeros(2, 3, 24, 48), rows,
+                       SimpleNamespace(steps=60))
+    out = capsys.readouterr().out
+    assert "= 0.250 of" in out and "D: loss 0.500" in out and "accuracy 0.75" in out
+
+
+def test_compile_is_asked_of_both_networks(fresh, monkeypatch):
+    """By --compile only; what it does on a GPU: test_gpu.py."""
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: asked.append(type(net).__name__))
+    monkeypatch.chdir(fresh)
+    for flags, wanted in (([], []), (["--compile", "--overwrite"], ["Refiner", "Discriminator"])):
+        monkeypatch.setattr(sys, "argv", ["train_gan.py", "--steps", "1", "--batch-size", "2", *flags])
+        train_gan.main()
+        assert asked == wanted
