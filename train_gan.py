@@ -48,6 +48,7 @@ class History:
 
     def add(self, images):
         """Take in uint8 images [n, 3, H, W]."""
+        images = images.to(self.device)
         room = self.capacity - len(self.images)
         if room > 0:
             self.images = torch.cat([self.images, images[:room]])
@@ -120,7 +121,7 @@ def update_D(R, D, optimizer, x, y, history, n_old):
     Returns D's loss on real and on refined images and its share of right patches on each.
     """
     new = refine(R, x)
-    old = history.draw(n_old) if n_old else new[:0]
+    old = history.draw(n_old).to(x.device) if n_old else new[:0]
     logits_refined, logits_real = D(to_float(torch.cat([new, old]))), D(y)
     loss_refined = patch_loss(logits_refined, REFINED)                # Eq 1: -log D(x')
     loss_real = patch_loss(logits_real, REAL)                         #       -log(1 - D(y))
@@ -253,7 +254,7 @@ def train(R, D, synthetic, real, pairs, args, device, settings, saved):
     optimizer_D = make_optimizer(args.d_optimizer, D.parameters(), args.d_lr)
     batches = Batches(args.seed, device)
     average, best = copy.deepcopy(R), BestStep()
-    history = History(args.history * n, batches.random, device)
+    history = History(args.history * n, batches.random, synthetic.device)
     n_old = n // 2 if args.history else 0                     # of D's refined images
     training = Training(args.run / "last.pt", "gan", args.run / "log.csv", settings, COLUMNS,
                         device, saved, refiner=R, discriminator=D, optimizer_R=optimizer_R,
@@ -309,7 +310,7 @@ def main():
         D.compile()
 
     # 4. Train them against each other.
-    synthetic, real = keep_on(device, synthetic, real)
+    synthetic, real = keep_on(device, synthetic, real, args.history * args.batch_size)
     rows, best = train(R, D, synthetic, real, pairs, args, device, settings, saved)
 
     # 5. Figure 1.

@@ -121,12 +121,13 @@ def to_uint8(images):
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def keep_on(device, images, other_images):
-    """Two sets of uint8 images, on a GPU if they fill at most half of its free memory: a batch
-    is then cut out there, and no step waits for a copy. Says where they are if not."""
+def keep_on(device, images, other_images, history=0):
+    """Two sets of uint8 images, on a GPU if they and `history` more fill at most half of its free
+    memory: a batch is then cut out there, and no step waits for a copy. Says so if not."""
     if device.type != "cuda":
         return images, other_images
-    size, free = images.nbytes + other_images.nbytes, torch.cuda.mem_get_info(device)[0]
+    size = images.nbytes + other_images.nbytes + history * images[0].nbytes
+    free = torch.cuda.mem_get_info(device)[0]
     if size > free / 2:
         print(f"the images ({size / 1e9:.1f} GB) stay in main memory: the GPU has "
               f"{free / 1e9:.1f} GB free")

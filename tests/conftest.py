@@ -80,7 +80,9 @@ def call(script, *args, cwd, status=0, megabytes=None):
     found, out, err = process.wait(), process.read("stdout"), process.read("stderr")
     assert found == status, f"{script} {args}: {found}\n{out}\n{err}"
     if status == 0 and "/" not in script and "--help" not in args:
-        assert out.splitlines()[-1].startswith("done: "), f"{script} does not say what it wrote"
+        lines = out.splitlines()
+        assert lines[0].startswith(f"{script}: "), f"{script} does not say what it does"
+        assert lines[-1].startswith("done: "), f"{script} does not say what it wrote"
     return out, err
 
 

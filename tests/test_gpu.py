@@ -140,7 +140,13 @@ def test_images_that_do_not_fit_stay_in_main_memory(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 1000))
     kept = keep_on(device, images(2), images(2))
     assert not any(x.is_cuda for x in kept) and "stay in main memory" in capsys.readouterr().out
-    assert Batches(0, device).draw(kept[0], 2).is_cuda
+    batches, (R, D) = Batches(0, device), networks("cuda")
+    x, y = batches.draw(kept[0], 2), batches.draw(kept[1], 4)
+    assert x.is_cuda
+    history = train_gan.History(4, batches.random, kept[0].device)        # lies where they do
+    history.add(train_gan.refine(R, x))
+    train_gan.update_D(R, D, make_optimizer("sgd", D.parameters(), 1e-4), x, y, history, 2)
+    assert not history.images.is_cuda
 
 
 def test_a_step_does_not_wait_for_the_gpu():

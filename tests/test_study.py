@@ -244,16 +244,18 @@ def test_rows_that_differ_later_share_what_comes_before(study, monkeypatch):
 
 
 def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
-    """All of it through the command lines, small: two rows besides synthetic and real."""
+    """All of it through the command lines, small, in folders whose names have spaces: two rows
+    besides synthetic and real."""
     def as_user(command):
         asked.append(command[0])
         if command[0] == "-m":
             command = [command[1].replace(".", "/") + ".py", *command[2:]]
         call(*command, cwd=tmp_path)
 
+    (tmp_path / "my raw data").symlink_to(raw)
     asked, flags = [], shlex.split(
-        f"tiny --prepare '--gta5 {raw}/gtav --cityscapes {raw}/cityscapes --crop none --size 24 48 "
-        "--test 3 --workers 1' --inception random --seeds 0 --rows synthetic real colour ours "
+        "'my study' --prepare \"--gta5 'my raw data/gtav' --cityscapes 'my raw data/cityscapes' "
+        "--crop none --size 24 48 --test 3 --workers 1\" --inception random --seeds 0 --rows synthetic real colour ours "
         "--pretrain '--steps 2 --d-steps 2' --gan '--steps 4 --batch-size 2 --sample-every 2' "
         "--epochs 1 --curve --deeplab --results .")
     monkeypatch.chdir(tmp_path)
@@ -262,7 +264,7 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
     run.main()
     assert asked == ["prepare.py", "-m", "pretrain.py", "train_gan.py", "refine.py",
                      "evaluate.py", "segment.py"]
-    record = json.loads((tmp_path / "tiny.json").read_text())
+    record = json.loads((tmp_path / "my study.json").read_text())
     numbers = record["seeds"]["0"]
     assert numbers["training"]["ours"]["steps"] == 4 == numbers["training"]["ours"]["step"]
     assert set(numbers["table2"]["rows"]) >= {"synthetic", "colour", "ours"}
