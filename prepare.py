@@ -278,7 +278,9 @@ def summarise(done, parts, found, record, args):
         totals[key] = sum(one.pixels for one in made.values())
     print(f"{'frames':15s}" + "".join(f"{'/'.join(key):>18s}" for key in done))
     print(" " * 15 + "".join(f"{count:>18s}" for count in counts.values()))
-    for i, name in enumerate([row[0] for row in args.table] + ["(void)"]):
+    classes = [row[0] for row in args.table] + ["(void)"]
+    labelled = any(total.any() for total in totals.values())
+    for i, name in enumerate(classes if labelled else []):
         shares = [100 * total[i] / max(total.sum(), 1) for total in totals.values()]
         print(f"{name:15s}" + "".join(f"{share:17.2f}%" for share in shares))
     for key, part in parts.items():

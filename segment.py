@@ -276,6 +276,8 @@ def load_domains(args):
     for d in domains:
         for split in ("train", "test"):
             folder = args.data / d / split
+            if not any((folder / "labels").glob("*.png")):
+                raise UserError(f"{folder}: has no labels; prepare.py takes them beside the images")
             data[d, split] = load_images(folder), load_labels(folder)
             if (data[d, split][1] == IGNORE).all():
                 raise UserError(f"{folder}/labels: every pixel is void, so nothing can be learned "

@@ -314,7 +314,7 @@ def test_any_folder_of_images(tmp_path):
 
     text = good("--synthetic", images, labels, "--real", real, "--label-ids", "trainIds",
                 "--out", tmp_path / "out", *SMALL[:-1], 2)
-    assert "no labels" in text and "deep.png" in text
+    assert "a domain has no labels" in text and "deep.png" in text
     (skipped,) = record(tmp_path / "out")["skipped"]
     assert "deep.png" in skipped and "8-bit" in skipped
     made = [n for s in ("train", "test") for n in names(tmp_path / "out" / "synthetic" / s)]

@@ -265,6 +265,12 @@ def test_void_is_said_before_anything_is_trained_on_it(tmp_path):
     assert "every pixel is void" in err
 
 
+def test_a_domain_without_labels_is_not_segmented(fresh):
+    shutil.rmtree(fresh / "data/real/test/labels")
+    _, err = call("segment.py", cwd=fresh, status=2)
+    assert "data/real/test: has no labels" in err
+
+
 def test_a_turned_photo_with_a_label_is_skipped(tmp_path):
     flags, exif = labelled(tmp_path, SAME["grey"], 0), Image.Exif()
     exif[0x0112] = 6
