@@ -56,19 +56,22 @@ class Found(NamedTuple):
 # -------------------------------------------------------------------------- what lies below
 
 
-def files_below(folder, above=()):
-    """Every file below a folder but those whose name begins with a dot. Links are followed, unless
-    that would close a circle; `above` are the real paths on the way here."""
-    here, found = os.path.realpath(folder), []
-    if here in above:
-        return found
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
+def files_below(folder):
+    """Every file below a folder but those whose name begins with a dot. Links are followed after
+    all else, and no folder is entered twice: circles end, and no file comes under two names."""
+    found, seen, folders, links = [], set(), [folder], []
+    while folders or links:
+        here = (folders or links).pop(0)
+        if os.path.realpath(here) in seen:
             continue
-        if entry.is_dir():
-            found += files_below(folder / entry.name, (*above, here))
-        else:
-            found.append(folder / entry.name)
+        seen.add(os.path.realpath(here))
+        for entry in sorted(os.scandir(here), key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(here / entry.name)
+            else:
+                found.append(here / entry.name)
     return sorted(found)
 
 

@@ -56,6 +56,7 @@ def random_tree(root, seed):
         folder.mkdir(parents=True, exist_ok=True)
     (root / "link").symlink_to(folders[3])                             # as a city may be
     (root / "a" / "circle").symlink_to(root)
+    (root / "a" / "again").symlink_to(root / "ä")                      # no file twice
     for i in range(40):
         folder, kind = choose.choice(folders), choose.random()
         if kind < 0.6:
