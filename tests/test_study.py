@@ -257,7 +257,7 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
         "'my study' --prepare \"--gta5 'my raw data/gtav' --cityscapes 'my raw data/cityscapes' "
         "--crop none --size 24 48 --test 3 --workers 1\" --inception random --seeds 0 --rows synthetic real colour ours "
         "--pretrain '--steps 2 --d-steps 2' --gan '--steps 4 --batch-size 2 --sample-every 2' "
-        "--epochs 1 --curve --deeplab --results .")
+        "--epochs 1 --curve --deeplab --results . --refiner R.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "run", as_user)
     monkeypatch.setattr(sys, "argv", ["run.py", *flags])
@@ -265,6 +265,8 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
     assert asked == ["prepare.py", "-m", "pretrain.py", "train_gan.py", "refine.py",
                      "evaluate.py", "segment.py"]
     record = json.loads((tmp_path / "my study.json").read_text())
+    kept = torch.load(tmp_path / "R.pt", weights_only=True)
+    assert set(kept) == {"stage", "step", "refiner_args", "refiner"} and kept["step"] == 4
     numbers = record["seeds"]["0"]
     assert numbers["training"]["ours"]["steps"] == 4 == numbers["training"]["ours"]["step"]
     assert set(numbers["table2"]["rows"]) >= {"synthetic", "colour", "ours"}
