@@ -96,6 +96,14 @@ def test_a_difference_inside_its_error_is_marked():
     assert same["value"] == 0 and not same["sure"]
 
 
+def test_ours_is_compared_to_simgan_where_there_is_one():
+    rows = {"synthetic": scored(), "ours": scored(noise=3)}
+    images = {name: torch.zeros(2, 3, 4, 4, dtype=torch.uint8) for name in (*rows, "simgan")}
+    assert list(evaluate.compare(rows, images, 2)["differences"]) == ["ours - synthetic"]
+    found = evaluate.compare({**rows, "simgan": scored(noise=1)}, images, 2)["differences"]
+    assert list(found) == ["ours - synthetic", "simgan - synthetic", "ours - simgan"]
+
+
 def test_a_cell_shows_value_and_error():
     s = {"value": -0.01234, "se": 0.0004, "low": -0.0131, "high": -0.0115}
     assert plus_minus(s, 1000, 1) == "-12.3 ± 0.4"
