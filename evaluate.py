@@ -22,7 +22,7 @@ from models import (fid, inception_features, jackknife_error, kid, leave_out, lo
 from prepare import check_domains, files_of, names
 from support.cli import (UserError, announce, markdown_table, natural, parser, path_of,
                          positive, provenance, start, writable, write_json, write_text)
-from support.raw import Images
+from support.images import Images
 from support.training import add_device_flag, add_inception_flag, pick_device, sha256
 
 PAPER = {"synthetic": (60.82, 0.0023), "pretrained": (56.89, 0.0025),         # Table 2

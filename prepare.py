@@ -23,10 +23,11 @@ from PIL import Image
 from support import toytown
 from support.cli import (UserError, cpus, lock, parser, path_of, positive, start, write_json,
                          write_png)
+from support.images import read_stack, sha256_of
 from support.raw import (IGNORE, UNREADABLE, Found, Frame, by_ending, check_labels,
                          check_settings, find_cityscapes, find_folder, find_gta5, is_turned,
                          own_table, palette_of, read_classes, read_label, read_record, read_rgb,
-                         read_stack, sha256_of, usable)
+                         usable)
 
 # The 19 classes that GTA-V and Cityscapes share (section 4.1). Row i is trainId i:
 # name, Cityscapes labelId, colour (cityscapesScripts labels.py).

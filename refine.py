@@ -26,8 +26,8 @@ from models import Refiner
 from prepare import files_of
 from support.cli import (UserError, announce, lock, parser, path_of, positive, progress, start,
                          write_json, write_png)
-from support.raw import (UNREADABLE, Images, by_ending, read_record, read_rgb, refined_names,
-                         sha256_of)
+from support.images import Images, sha256_of
+from support.raw import UNREADABLE, by_ending, read_record, read_rgb, refined_names
 from support.training import (add_device_flag, load_checkpoint, pick_device, place, rebuild,
                               to_float, to_uint8)
 

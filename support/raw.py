@@ -5,23 +5,19 @@
     read_rgb, read_ids                          one picture or label map, or why it cannot be used
     read_label                                  its trainIds
     read_record, check_settings, usable
-    read_stack, Images, sha256_of               what prepare.py has written
-    refined_names                               where what refine.py makes of pictures goes
+    refined_names, by_ending                    where what refine.py makes of pictures goes
 """
-import hashlib
 import json
-import math
 import os
 import unicodedata
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from support.cli import UserError, cpus, in_parallel
+from support.cli import UserError, in_parallel
 
 Image.init()
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}       # Pillow knows them by name only
@@ -410,74 +406,7 @@ def usable(make, frames, wanted, workers):
     return done
 
 
-# ------------------------------------------------------------------------ prepared images
-
-
-def read_png(file, mode):
-    """A prepared image, uint8 [3, H, W], or label, [H, W]; UserError if it has another mode."""
-    try:
-        with Image.open(file) as image:
-            array = np.array(image) if image.mode == mode else None
-    except UNREADABLE as error:
-        raise UserError(f"{file}: cannot be read ({error}); prepare the data again") from None
-    if array is None:
-        raise UserError(f"{file}: not a {mode} image; prepare the data again")
-    return np.moveaxis(array, -1, 0) if mode == "RGB" else array
-
-
-def read_stack(files, mode):
-    """Prepared images or labels of one size as one uint8 tensor, [N, 3, H, W] or [N, H, W]; all
-    processors decode into it. UserError if it does not fit into memory."""
-    import torch                                     # prepare.py itself needs none
-    first = read_png(files[0], mode)
-    check_memory(files[0].parent, (len(files), *first.shape))
-    stack = np.empty((len(files), *first.shape), np.uint8)
-
-    def fill(i):
-        array = read_png(files[i], mode)
-        if array.shape != first.shape:
-            raise UserError(f"{files[i]}: not of the size of {files[0].name}; prepare the data "
-                            "again")
-        stack[i] = array
-    with ThreadPoolExecutor(cpus()) as pool:
-        list(pool.map(fill, range(len(files))))
-    return torch.from_numpy(stack)
-
-
-class Images:
-    """Prepared images that are read a batch at a time, in place of a tensor."""
-
-    def __init__(self, files):
-        self.files = files
-
-    def __len__(self):
-        return len(self.files)
-
-    def split(self, n):
-        """Like a tensor's: uint8 [n, 3, H, W] and so on, in order."""
-        for i in range(0, len(self), n):
-            yield read_stack(self.files[i:i + n], "RGB")
-
-
-def sha256_of(files):
-    """SHA-256 of the names and bytes of files."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-def check_memory(folder, shape):
-    """UserError if uint8 images of this shape, [N, ...], do not fit into the free main memory."""
-    meminfo, needed = Path("/proc/meminfo"), math.prod(shape) / 1e9
-    if not meminfo.is_file():                                 # not Linux
-        return
-    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024 / 1e9
-    if needed > free:
-        raise UserError(f"{folder}: {shape[0]} images of {shape[-2]} x {shape[-1]} need "
-                        f"{needed:.1f} GB of memory, {free:.1f} GB are free; prepare fewer "
-                        "(--limit) or smaller ones (--size)")
+# -------------------------------------------------------------------------- for refine.py
 
 
 def refined_names(path, out):

@@ -12,7 +12,8 @@ import refine
 from models import Refiner
 from prepare import load_images
 from support.cli import UserError
-from support.raw import Images, check_memory, read_rgb
+from support.images import Images, check_memory
+from support.raw import read_rgb
 from support.training import to_float, to_uint8
 
 
