@@ -69,17 +69,17 @@ def kill_and_resume(command, checkpoint, moments, cwd):
 
 
 def test_a_gan_killed_at_random_moments_equals_one_that_was_not(fresh):
-    """SIGKILL, seven times, twice of them during a save: weights, optimisers, history, random
+    """SIGKILL, five times, twice of them during a save: weights, optimisers, history, random
     state, log, samples and the best step are the same."""
     undisturbed = start("train_gan.py", *GAN, cwd=fresh)               # at the same time
     shutil.copytree(fresh / "runs/ours", fresh / "runs/again",
                     ignore=shutil.ignore_patterns("last.pt", "gan.pt", "average.pt", "samples",
                                                   "log.csv", ".lock"))
-    moments = [random.Random(3).uniform(0, 1.5) for _ in range(5)]
+    moments = [random.Random(3).uniform(0, 1.5) for _ in range(3)]
     met, halves = kill_and_resume(
         ["train_gan.py", *GAN, "--run", "runs/again"], fresh / "runs/again/last.pt",
         [None, *moments, None], fresh)
-    assert met >= 5 and halves >= 1
+    assert met >= 3 and halves >= 1
     assert undisturbed.wait() == 0
     a, b = fresh / "runs/ours", fresh / "runs/again"
     assert equal(*(without_clock(load_checkpoint(r / "last.pt", ["gan"], "")) for r in (a, b)))
@@ -284,13 +284,10 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(fresh, script, term,
 
 def test_losses_that_are_read_late_are_the_same(fresh, monkeypatch):
     """On a GPU the losses of many steps are read at once; no row of the log may differ."""
-    before, after = [], []
+    after = []
     for every in (1, 20):
-        run_here(monkeypatch, fresh, "pretrain", PRETRAIN + RARELY + ["--overwrite"], every)
-        before.append(load_checkpoint(fresh / "runs/ours/pretrain.pt", ["pretrain"], ""))
         run_here(monkeypatch, fresh, "train_gan", GAN + RARELY + ["--overwrite"], every)
         after.append(load_checkpoint(fresh / "runs/ours/last.pt", ["gan"], ""))
-    assert before[0]["log"] == before[1]["log"] and before[0]["log"]
     assert len(after[0]["log"]) == 10 and equal(*map(without_clock, after))
 
 
