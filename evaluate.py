@@ -78,7 +78,7 @@ def compare(rows, images, n):
     """Scores with their errors, and the differences: to the first row, and ours to simgan."""
     found = {"rows": {}, "differences": {}}
     for d, row in rows.items():
-        found["rows"][d] = {"n": n, "images_sha256": sha256(*images[d].split(64)),
+        found["rows"][d] = {"n": n, "images_sha256": sha256(images[d].split(64)),
                             "scores": {m: with_error(*s) for m, s in row.items()}}
     first, *others = rows
     for a, b in [(d, first) for d in others] + [("ours", "simgan")]:
@@ -129,7 +129,7 @@ def weights_of(net, inception):
               "random": "random features, not an FID"}
     name = Path(inception).name
     label = f"FID as pytorch-fid computes it ({name})" if net.is_pytorch_fid else f"FID ({name})"
-    return labels.get(inception, label), sha256(*net.state_dict().values())
+    return labels.get(inception, label), sha256(net.state_dict().values())
 
 
 # ------------------------------------------------------------------------- the command
@@ -226,7 +226,7 @@ def main():
     record = {**provenance(args, device), "label": label, "weights_sha256": weights,
               "resize": "bilinear to 299 x 299, align_corners=False, no antialias",
               "n": len(partners), "pair_seed": args.pair_seed,
-              "real_sha256": sha256(*partners.split(64))}
+              "real_sha256": sha256(partners.split(64))}
     record |= compare(rows, {**images, CONTROL: flat}, len(partners))
     write_json(args.out / "table2.json", record)
     write_text(args.out / "table2.md", tables(record))

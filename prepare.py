@@ -116,6 +116,9 @@ class Part(NamedTuple):
 
 def find(domain, args):
     """What there is of a domain to train on and, if the data set says so, to test on, or None."""
+    for raw in filter(None, (args.gta5, args.cityscapes, *(getattr(args, domain) or []))):
+        if raw.resolve() in (args.out.resolve(), *args.out.resolve().parents):
+            raise UserError(f"--out {args.out} lies in {raw}, which is read; choose another --out")
     if domain == "synthetic" and args.gta5:
         return find_gta5(args.gta5, args.label_ids), None
     if domain == "real" and args.cityscapes:
@@ -138,7 +141,7 @@ def split(domain, train, test, args, rng):
         n = args.test or min(200, max(len(train) // 5, min(3, len(train) // 2)))
         if not 0 < n < len(train):
             raise UserError(f"the {domain} frames: --test {n} leaves none of its {len(train)} "
-                            "frames to train on; give a smaller --test")
+                            "frames to train on; give a smaller --test, or two frames at least")
         order = rng.permutation(len(train))
         held_out = Part([train[i] for i in order], n)         # the rest, should one be unusable
         train = sorted(train[i] for i in order[n:])
@@ -262,7 +265,8 @@ def make_domain(domain, parts, args):
             raise UserError(f"{domain}/{split}: all of its frames were skipped, the last because: "
                             "{}: {}".format(*skipped[-1]))
         for file in folder.glob("*/*.png*"):         # what an earlier run or a killed one has left
-            if file.suffix != ".png" or file.stem not in done[split]:
+            made = done[split].get(file.stem) if file.suffix == ".png" else None
+            if not made or file.parent.name == "labels" and not made.pixels.any():
                 file.unlink()
     check_labels(domain, [*done["test"].values(), *done["train"].values()], args.label_ids)
     return done, skipped
@@ -311,7 +315,7 @@ def arguments():
     p.add_argument("--crop", nargs="+", default=["200", "600", "400", "600"],
                    metavar="N", help="(paper) TOP LEFT HEIGHT WIDTH, or none")
     p.add_argument("--test", type=positive(int), help="(paper) test frames a domain "
-                   "(default: 200, or a fifth of all if that is less)")
+                   "(default: 200, or a fifth of all, 3 at least, if that is less)")
     p.add_argument("--limit", type=positive(int), help="training frames a domain, at most; "
                    "all if not given (--demo: 600)")
     p.add_argument("--label-ids", choices=["labelIds", "trainIds"],
@@ -362,7 +366,7 @@ def main():
     settings = settings_of(args)
     args.table = read_classes(args.classes) if args.classes else TABLE
     if args.classes:
-        args.label_ids = "trainIds"
+        args.label_ids = "classes"
 
     # 1. Which raw frame goes where.
     parts, found = plan_demo(args) if args.demo else plan(args)

@@ -12,7 +12,7 @@ Writes  data/METHOD/{train,test}/{images,labels}: the same names, refined images
     python refine.py --checkpoint runs/ours/average.pt --images renderings --out refined
 
 The fourth command makes the row "after pre-training" of Table 2. Running one again replaces its
-own output; with --images it goes on. A megapixel takes a CPU about half a minute.
+own output; with --images it goes on. A megapixel takes a core about 15 seconds.
 """
 import hashlib
 import shutil
@@ -31,7 +31,7 @@ from support.raw import UNREADABLE, by_ending, read_record, read_rgb, refined_na
 from support.training import (add_device_flag, load_checkpoint, pick_device, place, rebuild,
                               to_float, to_uint8)
 
-TILE, MARGIN = 768, 24      # pixels; R sees 11 of them above and to the left, 22 below and right
+TILE, MARGIN = 768, 24      # pixels; R sees 16 of them above and to the left, 17 below and right
 
 
 def arguments():

@@ -119,7 +119,7 @@ def trained(network, domain, seed, data, args, device):
     """The network trained on `domain`: from results/weights if that very training is there."""
     images, labels = data
     wanted = {"network": network, "domain": domain, "seed": seed, "images": len(images),
-              "data": sha256(images, labels), "epochs": args.epochs,
+              "data": sha256([images, labels]), "epochs": args.epochs,
               "batch_size": args.batch_size, "lr": args.lr, "precision": args.precision,
               "backbone_weights": str(args.backbone_weights)}
     path = args.out / "weights" / f"{network}_{domain}_seed{seed}.pt"
@@ -127,7 +127,9 @@ def trained(network, domain, seed, data, args, device):
     net = place(build(network, args), device)
     if path.is_file():
         saved = load_checkpoint(path, ["segment"], "delete it")
-        if saved["settings"] == wanted and saved["weights"].keys() == net.state_dict().keys():
+        fits = all(getattr(saved["weights"].get(k), "shape", None) == w.shape
+                   for k, w in net.state_dict().items())      # else an older network, other classes
+        if saved["settings"] == wanted and fits:
             net.load_state_dict(saved["weights"])
             print(f"{path}: trained before, not again")
             return net
@@ -260,7 +262,7 @@ def find_domains(args):
         raise UserError(f"{args.data}: needs real/ and at least one of synthetic, simgan, ours; "
                         "run prepare.py and refine.py first")
     for missing in [d for d in paper if d not in found]:
-        print(f"missing: {args.data / missing}/ (left out; refine.py makes it)")
+        print(f"missing: {args.data / missing}/ (left out; prepare.py or refine.py makes it)")
     for d in args.train or []:
         if d not in found:
             raise UserError(f"--train {d}: not one of {', '.join(sorted(found))} in {args.data}")

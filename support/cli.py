@@ -240,7 +240,7 @@ def lock(folder):
 
 
 def announce(script, device, seed, reads, writes, note=""):
-    """The first line of a script: device, versions, what it reads, what it writes, and a note."""
+    """The first line of a script: device, versions, what it reads, what it writes, a note."""
     import torch
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU")

@@ -23,7 +23,7 @@ Image.init()
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}       # Pillow knows them by name only
 ENDINGS = {ending for ending, name in Image.registered_extensions().items()
            if name in Image.OPEN and name not in NO_PICTURES}
-LOSSLESS = {"BMP", "GIF", "PNG", "PPM", "TIFF"}                    # pixel values come back as saved
+LOSSLESS = {"BMP", "GIF", "PNG", "TIFF"}                           # pixel values come back as saved
 ORIENTATION = 0x0112                                               # EXIF: how a camera was held
 # What Pillow raises at a file that it cannot read.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -54,7 +54,7 @@ class Found(NamedTuple):
 
 def files_below(folder):
     """Every file below a folder but those whose name begins with a dot. Links are followed after
-    all else, and no folder is entered twice: circles end, and no file comes under two names."""
+    all else, and no folder is entered twice, so circles end."""
     found, seen, folders, links = [], set(), [folder], []
     while folders or links:
         here = (folders or links).pop(0)
@@ -89,9 +89,10 @@ def only_photographs(folder, pictures):
     parents = {above for path in pictures for above in path.parents if above.is_relative_to(folder)}
     for parent in sorted(parents - {folder}):
         beside = {p.name.lower(): p for p in parent.parent.iterdir()}
-        meant = [beside[name] for name in IMAGE_FOLDERS & beside.keys()]
-        if parent.name.lower() in LABEL_FOLDERS and meant:
-            raise UserError(f"{folder}: holds label maps too, in {parent}; give {meant[0]}")
+        meant = [str(beside[name]) for name in IMAGE_FOLDERS & beside.keys()]
+        if parent.name.lower() in LABEL_FOLDERS:
+            raise UserError(f"{folder}: holds label maps too, in {parent}; give "
+                            f"{meant[0] if meant else 'the folder of the photographs alone'}")
     for path in pictures:
         if path.stem.lower().endswith(tuple(f"_{kind}".lower() for kind in KINDS)):
             raise UserError(f"{path}: is a label map, so {folder} is no folder of images alone; "
@@ -110,8 +111,8 @@ def key_of(path, folder):
 def match_labels(keys, labels, ids):
     """The label maps below the folder `labels` of the images that have these keys.
 
-    ids: what they hold, unless a name says labelTrainIds. Returns {key: (label, its ids)}, the
-    labels without an image, and how many other files there are, by ending."""
+    ids: what they hold, unless a name says it. Returns {key: (label, its ids)}, the labels without
+    an image, and how many other files there are, by ending."""
     pictures, others = pictures_below(labels)
     by_key = {}
     for path in pictures:
@@ -123,12 +124,14 @@ def match_labels(keys, labels, ids):
     if ids == "trainIds":
         wanted = wanted[::-1]
     label_of, alone = {}, []
+    named = [kinds["labelIds"] for kinds in by_key.values() if "labelIds" in kinds]
+    said = {"": ids, "labelIds": what_ids(named, ids), "labelTrainIds": "trainIds"}
     for key, kinds in by_key.items():
         kind = next((kind for kind in wanted if kind in kinds), None)
         if kind is None:
             continue
         if key in keys:
-            label_of[key] = kinds[kind], "trainIds" if kind == "labelTrainIds" else ids
+            label_of[key] = kinds[kind], ids if ids == "classes" else said[kind]
         elif kind == "":
             alone.append(kinds[kind])
     used = {path for path, _ in label_of.values()}.union(alone)
@@ -138,6 +141,19 @@ def match_labels(keys, labels, ids):
     return label_of, alone, others
 
 
+def what_ids(files, ids):
+    """What files that are called labelIds hold. Where --label-ids says trainIds they are taken for
+    that, unless one of the first 20 has another value: Cityscapes' own, beside other labels."""
+    for file in files[:20] if ids == "trainIds" else []:
+        try:
+            values, _ = read_ids(file)
+        except UNREADABLE:
+            continue
+        if ((values > 18) & (values < 255)).any():
+            return "labelIds"
+    return ids
+
+
 # ------------------------------------------------------------------------------ the data sets
 
 
@@ -145,17 +161,23 @@ def find_folder(images, labels, ids, short=False):
     """Frames of any image folder; the label of a/b.jpg is labels/a/b.png (or none at all). Its name
     becomes a_b, or b if `short`."""
     pictures, unread = pictures_below(images)
-    if not pictures:
-        raise UserError(f"{images}: no images that Pillow reads in or below it")
-    only_photographs(images, pictures)
-    frames, skipped, label_of, taken = [], [], {}, {}
     if labels:
         if not labels.is_dir():
             raise UserError(f"{labels}: no such folder of labels")
+        pictures = [file for file in pictures if labels not in file.parents or labels == images]
+    if not pictures:
+        raise UserError(f"{images}: no images that Pillow reads in or below it")
+    only_photographs(images, pictures)
+    frames, skipped, label_of, taken, seen = [], [], {}, {}, set()
+    if labels:
         keys = {key_of(file, images)[0] for file in pictures}
         label_of, alone, others = match_labels(keys, labels, ids)
         unread += others
-    for file in pictures:
+    for file in sorted(pictures, key=lambda file: (file.is_symlink(), file)):
+        if os.path.realpath(file) in seen:
+            unread["links to images that are there too"] += 1
+            continue
+        seen.add(os.path.realpath(file))
         key, _ = key_of(file, images)
         relative = unicodedata.normalize("NFC", str(file.relative_to(images).with_suffix("")))
         name = Path(key).name if short else "_".join(Path(relative).parts)
@@ -168,7 +190,7 @@ def find_folder(images, labels, ids, short=False):
             frames.append(Frame(name, file, *label_of.get(key, (None, ids))))
     if labels:
         skipped += [(file, "a label without an image") for file in alone]
-    return Found(frames, skipped, unread)
+    return Found(sorted(frames), skipped, unread)
 
 
 def find_gta5(root, ids):
@@ -238,6 +260,8 @@ def read_ids(path):
                              "wanted PNG")
         if image.mode not in ("P", "L", "RGB", "I", "I;16", "I;16B"):
             raise ValueError(f"label mode {image.mode}, wanted ids (palette or grey)")
+        if image.mode == "L" and "'L;" in str(image.tile):     # 4 bits: Pillow stretches them
+            raise ValueError("a label of less than 8 bits a pixel, wanted 8")
         ids = np.array(image)
         colours = np.zeros((256, 3), np.uint8) if image.mode == "P" else None
         if image.mode == "P":
@@ -277,8 +301,11 @@ def own_table(classes):
 
 def read_classes(file):
     """The class table of a --classes file, which has a name a line."""
-    lines = file.read_text(encoding="utf-8").strip().splitlines()
-    names = [line.strip() for line in lines]
+    try:
+        names = [line.strip() for line in
+                 file.read_text(encoding="utf-8-sig").strip().splitlines()]
+    except UnicodeDecodeError:
+        names = []                                   # not UTF-8
     if not 2 <= len(names) <= UNKNOWN or not all(names) or len(set(names)) < len(names):
         raise UserError(f"--classes {file}: wanted 2 to {UNKNOWN} different names, one a line; the "
                         "label of the first is 0, void is 255")
@@ -286,11 +313,11 @@ def read_classes(file):
 
 
 def lookup(ids, table):
-    """Raw value -> trainId, uint8 [256]. ids: "trainIds", or Cityscapes' "labelIds", of which all
-    but those of the table are void."""
+    """Raw value -> trainId, uint8 [256]. ids: "trainIds", "classes" (one's own), or Cityscapes'
+    "labelIds", of which all but those of the table are void."""
     known = np.full(256, UNKNOWN, np.uint8)
     known[255] = IGNORE
-    if ids == "trainIds":
+    if ids != "labelIds":
         known[:len(table)] = range(len(table))
     else:
         known[:35] = IGNORE
@@ -319,14 +346,14 @@ def by_colour(values, used, colours, ids, table):
     return train_id[values]
 
 
-def by_grey(values, used, colours, valid):
-    """Label values that were greys before a program made a palette of them, or None: the greys must
-    differ, not all be black, and be `valid`, bool [256]."""
+def check_greys(used, colours, valid):
+    """ValueError if a palette shows greys that may be the ids: a program that sorts palettes has
+    made it of a grey label, or somebody shows classes as greys. Black and white are a mask's."""
     shown = colours[used]
     grey = shown[:, 0]
-    if (shown != shown[:, :1]).any() or len(np.unique(grey)) < len(grey) or not grey.any():
-        return None
-    return colours[values][..., 0] if valid[grey].all() else None
+    if (shown == shown[:, :1]).all() and valid[grey].all() and len(set(grey)) == len(grey) \
+            and (grey != used).any() and not set(grey) <= {0, 255}:
+        raise ValueError("its palette shows other ids as grey than its values are; save it in grey")
 
 
 def read_label(file, ids, table):
@@ -336,17 +363,16 @@ def read_label(file, ids, table):
     known = lookup(ids, table)
     if colours is not None:
         used = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
-        label = by_colour(values, used, colours, ids, table)
+        label = None if ids == "classes" else by_colour(values, used, colours, ids, table)
         if label is not None:
             return Image.fromarray(label), 255
-        grey = by_grey(values, used, colours, known != UNKNOWN)
-        values = values if grey is None else grey
+        check_greys(used, colours, known != UNKNOWN)
     label = known[values]
     if (label == UNKNOWN).any():
         bad = np.unique(values[label == UNKNOWN])
         raise ValueError(f"label ids {', '.join(map(str, bad[:5]))} are not {ids} of the "
                          f"{len(table)} classes")
-    highest = 255 if ids == "trainIds" else int(values[values < 255].max(initial=0))
+    highest = 255 if ids != "labelIds" else int(values[values < 255].max(initial=0))
     return Image.fromarray(label), highest
 
 
@@ -385,7 +411,8 @@ def check_settings(file, settings):
         if (file.parent / domain).exists() and not file.is_file():
             raise UserError(f"{file.parent / domain}: is there, but was not made by prepare.py "
                             "(no prepare.json beside it); choose another --out")
-    old = read_record(file).get("settings", {}) if file.is_file() else {}
+    record = read_record(file) if file.is_file() else {}
+    old = record.get("settings", {}) if record.get("finished") else {}     # else all is made anew
     changed = [k for k in settings if k in old and old[k] != settings[k]]
     if changed and any(file.parent.glob("*/*/images/*.png")):
         raise UserError(f"{file.parent} was prepared with {changed[0]} = {old[changed[0]]}, "
@@ -415,7 +442,7 @@ def refined_names(path, out):
     folder, pictures, others = path.parent, [path], {}
     if path.is_dir():
         folder, (pictures, others) = path, pictures_below(path)
-    if not pictures or not pictures[0].exists():
+    if not pictures or not path.exists():
         raise UserError(f"{path}: no picture there")
     file_of = {}
     for file in pictures:

@@ -157,8 +157,8 @@ class Batches:
         self.random.set_state(state)
 
 
-def sha256(*tensors):
-    """SHA-256 of the bytes of tensors, as hex."""
+def sha256(tensors):
+    """SHA-256 of the bytes of several tensors, as hex."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.cpu().contiguous().numpy())
@@ -203,7 +203,7 @@ def settings_of(args, **data):
     settings = {flag: str(value).removesuffix(".0") for flag, value in vars(args).items()
                 if flag not in free}
     for name, tensors in data.items():
-        settings[name] = sha256(*tensors)[:16]
+        settings[name] = sha256(tensors)[:16]
     return settings
 
 

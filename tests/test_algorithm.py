@@ -680,7 +680,7 @@ def test_inception_sees_299_pixels_in_its_range_and_order(size):
 
 DEFAULTS = {
     "prepare": {"--size": "[80, 160]", "--crop": "['200', '600', '400', '600']", 
-                "--test": "200, or a fifth of all if that is less"},
+                "--test": "200, or a fifth of all, 3 at least, if that is less"},
     "pretrain": {"--steps": "1200", "--d-steps": "400", "--lr": "0.0001", "--d-lr": "0.001",
                  "--d-stride": "3"},
     "train_gan": {"--alpha": "50", "--beta": "4e-06", "--steps": "5000", "--lr": "0.0001",

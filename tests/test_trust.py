@@ -5,9 +5,12 @@ import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import unicodedata
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,6 +196,23 @@ def official():
     return colours
 
 
+class FourBits:
+    """A grey PNG of 4 bits a pixel, which Pillow does not write."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def save(self, path):
+        packed = self.values[:, ::2] << 4 | self.values[:, 1::2]
+        rows = b"".join(b"\0" + row.tobytes() for row in packed)
+        head = struct.pack(">IIBBBBB", self.values.shape[1], len(self.values), 4, 0, 0, 0, 0)
+        data = b"\x89PNG\r\n\x1a\n"
+        for name, content in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+            data += struct.pack(">I", len(content)) + name + content
+            data += struct.pack(">I", zlib.crc32(name + content))
+        path.write_bytes(data)
+
+
 GREYS = np.arange(256).repeat(3).reshape(256, 3).astype(np.uint8)
 TRAIN_IDS = np.full(256, 255, np.uint8)
 TRAIN_IDS[[row[1] for row in TABLE]] = range(19)
@@ -205,7 +225,6 @@ SAME = {
     "no palette": lambda ids, rng: (as_palette(ids, np.zeros((256, 3)), np.arange(256)), ".png", []),
     "sorted palette": lambda ids, rng: (as_palette(ids, official(), rng.permutation(256)), ".png",
                                         []),
-    "sorted greys": lambda ids, rng: (as_palette(ids, GREYS, rng.permutation(256)), ".png", []),
     "three channels": lambda ids, rng: (Image.fromarray(np.stack([ids] * 3, 2)), ".png", []),
     "16 bits": lambda ids, rng: (Image.fromarray(ids.astype(np.uint16)), ".png", []),
     "TIFF": lambda ids, rng: (Image.fromarray(ids), ".tif", []),
@@ -221,6 +240,10 @@ REFUSED = {                                          # -> words of the line
     "a mask": (lambda ids, rng: (Image.fromarray(np.uint8(255) * (ids > 20)), ".png"), "a mask"),
     "JPEG": (lambda ids, rng: (Image.fromarray(ids), ".jpg"), "JPEG"),
     "colours": (lambda ids, rng: (Image.fromarray(official()[ids]), ".png"), "picture of colours"),
+    "sorted greys": (lambda ids, rng: (as_palette(ids, GREYS, rng.permutation(256)), ".png"),
+                     "save it in grey"),
+    "4 bits": (lambda ids, rng: (FourBits(ids % 16), ".png"), "less than 8 bits"),
+    "PGM": (lambda ids, rng: (Image.fromarray(ids), ".pgm"), "PPM, which does not keep"),
 }
 
 
@@ -233,7 +256,7 @@ def labelled(cwd, change, seed):
     for i in range(8):
         ids = blocks.choice(known, (6, 8)).repeat(5, 0).repeat(5, 1).astype(np.uint8)
         image, ending, *rest = change(ids, rng)
-        image.save(cwd / f"labels/{i}{ending}")
+        image.save(Path(cwd) / f"labels/{i}{ending}")
         noise(i).save(cwd / f"images/{i}.png")
     return ["--synthetic", "images", "labels", "--real", "images", *FLAGS, *(rest or [[]])[0]]
 
@@ -281,6 +304,62 @@ def test_a_turned_photo_with_a_label_is_skipped(tmp_path):
     assert "EXIF" in line
 
 
+def test_labels_that_went_are_not_learned_from(tmp_path):
+    flags = labelled(tmp_path, SAME["grey"], 0)
+    call("prepare.py", *flags, "--out", "a", cwd=tmp_path)
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "labels").rename(tmp_path / "gone")
+    (tmp_path / "b/prepare.json").write_text('{"settings": {}, "finished": true}')
+    call("prepare.py", "--synthetic", "images", "--real", "images", *FLAGS, "--out", "b",
+         cwd=tmp_path)
+    assert not list((tmp_path / "b").glob("*/*/labels/*"))
+
+
+def test_the_advice_of_an_error_can_be_followed(tmp_path):
+    """The same command with the flag that was asked for, into the same folder."""
+    flags = labelled(tmp_path, REFUSED["trainIds"][0], 0)
+    call("prepare.py", *flags, cwd=tmp_path, status=2)
+    call("prepare.py", *flags, "--label-ids", "trainIds", cwd=tmp_path)
+
+
+def test_trainids_of_one_domain_beside_cityscapes_own(raw, tmp_path):
+    """--label-ids trainIds is of the files whose names do not say what they hold; files that are
+    called labelIds are taken for it if they can be."""
+    labelled(tmp_path, SAME["trainIds"], 0)
+    command = ["prepare.py", "--synthetic", "images", "labels", "--cityscapes", raw / "cityscapes",
+               "--test", 3, *FLAGS]
+    call(*command, "--label-ids", "trainIds", cwd=tmp_path)
+    call("prepare.py", "--gta5", raw / "gtav", "--cityscapes", raw / "cityscapes", "--test", 3,
+         *FLAGS, "--out", "b", cwd=tmp_path)
+    assert torch.equal(*[load_labels(tmp_path / f"{out}/real/test") for out in ("data", "b")])
+    copy = shutil.copytree(raw / "cityscapes", tmp_path / "cs")
+    for file in copy.rglob("*_labelIds.png"):
+        Image.fromarray(TRAIN_IDS[np.array(Image.open(file))]).save(file)
+    command[command.index("--cityscapes") + 1] = "cs"
+    call(*command, "--label-ids", "trainIds", "--out", "c", cwd=tmp_path)
+    assert torch.equal(*[load_labels(tmp_path / f"{out}/real/test") for out in ("data", "c")])
+
+
+def test_data_is_not_made_inside_what_is_read(tmp_path):
+    """A second run would read what the first one wrote; labels/ inside the images are none."""
+    fill(tmp_path / "raw", 6)
+    _, err = call("prepare.py", "--synthetic", "raw", "--real", "raw", "--out", "raw/data", *FLAGS,
+                  cwd=tmp_path, status=2)
+    assert "--out raw/data lies in raw" in err
+    (tmp_path / "raw/labels").mkdir()
+    for i in range(6):
+        Image.new("L", (40, 30), 23).save(tmp_path / f"raw/labels/{i:03d}.png")
+    (tmp_path / "raw/999.png").symlink_to("000.png")                   # one frame, two names
+    _, err = call("prepare.py", "--synthetic", "raw", "--real", "raw", *FLAGS, cwd=tmp_path,
+                  status=2)
+    assert "raw/labels; give the folder of the photographs alone" in err
+    call("prepare.py", "--synthetic", "raw", "raw/labels", "--real", "raw", "raw/labels", *FLAGS,
+         cwd=tmp_path)
+    record = record_of(tmp_path)
+    assert sum(record["counts"].values()) == 12 and not record["skipped"]
+    assert record["not_read"] == {"links to images that are there too": 2}
+
+
 # ------------------------------------------------------------------------------- own classes
 
 
@@ -303,9 +382,27 @@ def test_two_classes_of_ones_own_from_end_to_end(tmp_path):
     assert "| obstacle |" in text and "0.49" not in text and "| classes in the mean | 2 | 2 |" in text
     weights = torch.load(tmp_path / "results/weights/unet_real_seed0.pt", weights_only=True)
     assert len(weights["weights"]["head.bias"]) == 2
-    (tmp_path / "classes.txt").write_text("ground\nground\n")
-    _, err = call(*command, "--classes", "classes.txt", "--out", "b", cwd=tmp_path, status=2)
-    assert "classes.txt: wanted 2 to 254 different names" in err
+    (tmp_path / "classes.txt").write_text("ground\nobstacle\nsky\n")   # the same labels, 3 classes
+    call(*command, "--classes", "classes.txt", cwd=tmp_path)
+    call("segment.py", "--network", "unet", "--epochs", 1, "--batch-size", 4, cwd=tmp_path)
+    weights = torch.load(tmp_path / "results/weights/unet_real_seed0.pt", weights_only=True)
+    assert len(weights["weights"]["head.bias"]) == 3
+    for content in (b"ground\nground\n", "Straße\nKöln\n".encode("latin-1")):
+        (tmp_path / "classes.txt").write_bytes(content)
+        _, err = call(*command, "--classes", "classes.txt", "--out", "b", cwd=tmp_path, status=2)
+        assert "classes.txt: wanted 2 to 254 different names" in err
+
+
+@pytest.mark.parametrize("colours", [[0, 255], [153, 255], [0, 142]])
+def test_the_palette_of_ones_own_classes_says_nothing(tmp_path, colours):
+    """A mask in black and white, and colours that Cityscapes has for void."""
+    (tmp_path / "classes.txt").write_text("ground\nobstacle\n")
+    def change(ids, rng):
+        image = Image.fromarray((ids > 20).astype(np.uint8))
+        image.putpalette(np.repeat(np.array(colours, np.uint8), 3).tolist())
+        return image, ".png", ["--classes", "classes.txt"]
+    call("prepare.py", *labelled(tmp_path, change, 0), cwd=tmp_path)
+    assert load_labels(tmp_path / "data/synthetic/train").unique().tolist() == [0, 1]
 
 
 # ----------------------------------------------------------- nothing begins that cannot end
