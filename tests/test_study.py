@@ -92,6 +92,21 @@ def test_gap_closed_and_differences(record):
     assert report.gap_closed(report.tested_by_seed(record, "unet", 30), "ours", "mIoU") == []
 
 
+def test_classes_that_a_renderer_lacks_are_left_out_once_more(record):
+    """mIoU over those that its own test images hold, here 0 and 1: a third one, never found on
+    real, counts in the one mean and not in the other."""
+    tested = record["seeds"]["0"]["segment"][0]["tested"]["ours"]["real"]
+    tested["confusion"][2][0] = 50
+    found = report.tested_by_seed(record, "unet", 30)["0"]["ours"]["real"]
+    assert found["mIoU"] == pytest.approx(sum(found["IoU"][:2]) / 3)
+    assert found["shared"] == pytest.approx(sum(found["IoU"][:2]) / 2)
+    table = report.real_table(record, report.tested_by_seed(record, "unet", 30))
+    assert "| mIoU of 2 classes |" in table.splitlines()[0]
+    for seed in record["seeds"].values():
+        del seed["segment"][0]["tested"]["synthetic"]["synthetic"]
+    assert "classes" not in report.real_table(record, report.tested_by_seed(record, "unet", 30))
+
+
 @pytest.mark.parametrize("values, least, wanted", [
     ([1.0, 1.1, 1.2], 0, "holds"), ([-1.0, -1.1, -1.2], 0, "does not hold"),
     ([1.0, -1.1, 1.2], 0, "cannot tell"), ([5.0], 0, "cannot tell"),
