@@ -26,7 +26,7 @@ import torch
 
 from models import REAL, REFINED, Discriminator, Refiner, patch_loss, ssim
 from prepare import load_images
-from support.cli import UserError, announce, lock, parser, positive, start
+from support.cli import UserError, announce, lock, natural, not_negative, parser, positive, start
 from support.figures import save_curves, save_grid
 from support.training import (OPTIMIZERS, Batches, Training, add_training_flags, autocast, keep_on,
                               load_checkpoint, make_optimizer, pick_device, place, precision_note,
@@ -179,12 +179,12 @@ def arguments():
     add_training_flags(p)
     p.add_argument("--method", choices=["ours", "simgan"], default="ours",
                    help="whose pretrain.pt to start from; the rest is the same")
-    p.add_argument("--alpha", type=float, default=50, help="(paper) weight of L_adv")
-    p.add_argument("--beta", type=float, default=4e-6, help="(paper) weight of L_rec")
+    p.add_argument("--alpha", type=not_negative, default=50, help="(paper) weight of L_adv")
+    p.add_argument("--beta", type=not_negative, default=4e-6, help="(paper) weight of L_rec")
     p.add_argument("--steps", type=positive(int), default=5000, help="(paper)")
     p.add_argument("--lr", type=positive(float), default=1e-4, help="(paper) of R")
     p.add_argument("--d-lr", type=positive(float), default=1e-3, help="(paper) of D")
-    p.add_argument("--history", type=int, default=100, help="capacity in batches; 0: none")
+    p.add_argument("--history", type=natural, default=100, help="capacity in batches; 0: none")
     p.add_argument("--rec-batch", type=positive(int), default=512,
                    help="images over which L_rec is summed, whatever the batch size")
     p.add_argument("--average", type=positive(int), help="steps over which R's weights are "
@@ -200,8 +200,6 @@ def arguments():
     args = p.parse_args()
     args.run = args.run or Path("runs") / args.method
     args.average = args.average or max(1, min(200, args.steps // 5))
-    if min(args.alpha, args.beta, args.history) < 0:
-        p.error("--alpha, --beta and --history cannot be negative")
     return args
 
 

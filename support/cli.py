@@ -108,6 +108,13 @@ def natural(text):
     return int(text)
 
 
+def not_negative(text):
+    """An argparse type: a finite number of 0 or more."""
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is negative or no number")
+    return float(text)
+
+
 def path_of(text):
     """An argparse type: a Path; ~ is the home folder, also after the = of --out=~/x."""
     return Path(text).expanduser()
