@@ -15,8 +15,10 @@ PY := .venv/bin/python
 .PHONY: demo test bench study paper stages clean-demo
 .DELETE_ON_ERROR:
 
-test: .venv/installed
-	$(PY) -m pytest -q tests
+test: .venv/installed                     # in two halves, side by side
+	@log=$$(mktemp); $(PY) -m pytest -q tests/test_[l-z]*.py > $$log 2>&1 & other=$$!; \
+	$(PY) -m pytest -q tests/test_[a-k]*.py; status=$$?; \
+	wait $$other || status=1; cat $$log; rm $$log; exit $$status
 
 bench: .venv/installed
 	$(PY) -m study.bench --json results/bench.json
