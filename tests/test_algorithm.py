@@ -299,7 +299,7 @@ def streets(tmp_path_factory):
                 test = split == "test"
                 pair = draw(random, called, -1 if test else 1, -1 if test or i % 3 == 0 else 1)
                 save_pair(cwd / "data" / domain / split, i, *pair)
-    out, _ = call("segment.py", "--network", "unet", "--epochs", 10, "--batch-size", 4, "--lr",
+    out, _ = call("segment.py", "--network", "unet", "--epochs", 8, "--batch-size", 4, "--lr",
                   3e-3, cwd=cwd)
     (cwd / "out.txt").write_text(out, encoding="utf-8")
     return cwd
