@@ -384,9 +384,14 @@ def test_two_classes_of_ones_own_from_end_to_end(tmp_path):
     assert len(weights["weights"]["head.bias"]) == 2
     (tmp_path / "classes.txt").write_text("ground\nobstacle\nsky\n")   # the same labels, 3 classes
     call(*command, "--classes", "classes.txt", cwd=tmp_path)
-    call("segment.py", "--network", "unet", "--epochs", 1, "--batch-size", 4, cwd=tmp_path)
-    weights = torch.load(tmp_path / "results/weights/unet_real_seed0.pt", weights_only=True)
-    assert len(weights["weights"]["head.bias"]) == 3
+    call("segment.py", "--epochs", 1, "--batch-size", 4, cwd=tmp_path)            # both networks
+    for network in ("unet", "deeplabv3plus"):
+        weights = torch.load(tmp_path / f"results/weights/{network}_real_seed0.pt",
+                             weights_only=True)
+        assert len(weights["weights"]["head.bias"]) == 3
+        assert "| sky |" in (tmp_path / f"results/segment_{network}.md").read_text()
+    with Image.open(tmp_path / "results/table7.png") as image:        # 2 rows, 2 x (1 image + 2)
+        assert image.height == 8 * (3 * 24 + 4)
     for content in (b"ground\nground\n", "Straße\nKöln\n".encode("latin-1")):
         (tmp_path / "classes.txt").write_bytes(content)
         _, err = call(*command, "--classes", "classes.txt", "--out", "b", cwd=tmp_path, status=2)
