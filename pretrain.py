@@ -31,7 +31,7 @@ COLUMNS = ["network", "loss", "mean_change_or_accuracy"]
 
 def perceptual_loss(psi, refined, x):
     """Eq 5: mean over C, H, W (and the batch) of |psi(R(x)) - psi(x)|^2, squared L2."""
-    with torch.autocast(x.device.type, enabled=False):        # psi measures: always float32
+    with torch.autocast(x.device.type, enabled=False):        # psi measures: not in bfloat16
         with torch.no_grad():
             target = psi(x)
         return (psi(refined) - target).square().mean()

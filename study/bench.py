@@ -162,7 +162,6 @@ def images(n, size, device="cpu"):
 def gan_step(size, n, device, precision="float32", compile=False, layout=None):
     """One step of train_gan.py (two updates of R, one of D) as a function without arguments."""
     torch.manual_seed(0)
-    pick_device(device.type, precision)
     layout = layout or learning_layout(device)
     R = Refiner().to(device, memory_format=layout)
     D = Discriminator().to(device, memory_format=layout)
@@ -176,6 +175,7 @@ def gan_step(size, n, device, precision="float32", compile=False, layout=None):
     average, n_old = copy.deepcopy(R), n // 2
 
     def step():
+        pick_device(device.type, precision)               # a flag of PyTorch, for all steps alike
         with autocast(device, precision):
             for _ in range(2):
                 train_gan.update_R(R, D, optimizer_R, to_float(data), 50, 4e-6, 512)

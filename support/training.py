@@ -127,7 +127,7 @@ def keep_on(device, images, other_images, history=0):
     if device.type != "cuda":
         return images, other_images
     size = images.nbytes + other_images.nbytes + history * images[0].nbytes
-    free = torch.cuda.mem_get_info(device)[0]
+    free = torch.cuda.mem_get_info(device.index)[0]
     if size > free / 2:
         print(f"the images ({size / 1e9:.1f} GB) stay in main memory: the GPU has "
               f"{free / 1e9:.1f} GB free")
@@ -176,7 +176,7 @@ def add_device_flag(p):
 def add_precision_flag(p):
     """--precision, of every stage that trains one."""
     p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32",
-                   help="of the networks; losses are float32")
+                   help="of the networks; losses stay float32")
 
 
 def add_inception_flag(p):

@@ -32,7 +32,10 @@ def as_main(script, args, cwd, out, megabytes):
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{out}/{name}", os.O_WRONLY | os.O_CREAT), stream)
     multiprocessing.set_start_method("fork", force=True)       # of its own workers, as usual
-    sys.modules["torch"].set_num_threads(1)        # two commands side by side have two cores
+    torch = sys.modules["torch"]
+    torch.set_num_threads(1)                       # two commands side by side have two cores
+    if "--device" not in args:                     # equal bits are a CPU's promise
+        torch.cuda.is_available = torch.backends.mps.is_available = lambda: False
     os.chdir(cwd)
     sys.argv = [script, *args]
     runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -115,6 +118,15 @@ def save_palette(path, label):
     image = Image.fromarray(label)
     image.putpalette(list(np.random.default_rng(0).integers(0, 256, 768)))
     image.save(path)
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(request, monkeypatch):
+    """What runs in this process finds no GPU either, but in test_gpu.py."""
+    torch = sys.modules.get("torch")
+    if torch and request.module.__name__ != "test_gpu":
+        for backend in (torch.cuda, torch.backends.mps):
+            monkeypatch.setattr(backend, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")
