@@ -57,8 +57,7 @@ INCEPTION ?= imagenet
 DATA := $(BASE)data
 RUNS := $(BASE)runs
 STAMPS := $(RUNS)/stamps
-# A stopped training goes on if it is newer than what it started from; else it starts anew.
-go-on = $$(test $(1) -nt $(2) && echo --resume || echo --overwrite)
+go-on = $$(test -e $(1) && echo --resume)       # never --overwrite: it may be somebody's own
 
 stages: $(STAMPS)/evaluate $(STAMPS)/segment
 
@@ -68,12 +67,12 @@ $(STAMPS)/prepare: | .venv/installed
 
 $(STAMPS)/pretrain-%: $(STAMPS)/prepare
 	$(PY) pretrain.py --method $* --data $(DATA) --run $(RUNS)/$* --inception $(INCEPTION) \
-	  $(PRETRAIN) $(call go-on,$(RUNS)/$*/pretrain.pt,$(STAMPS)/prepare)
+	  $(PRETRAIN) $(call go-on,$(RUNS)/$*/pretrain.pt)
 	@touch $@
 
 $(STAMPS)/gan-%: $(STAMPS)/pretrain-%
 	$(PY) train_gan.py --method $* --data $(DATA) --run $(RUNS)/$* \
-	  $(GAN) $(call go-on,$(RUNS)/$*/last.pt,$(STAMPS)/pretrain-$*)
+	  $(GAN) $(call go-on,$(RUNS)/$*/last.pt)
 	@touch $@
 
 $(STAMPS)/refine-%: $(STAMPS)/gan-%
