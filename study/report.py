@@ -423,8 +423,6 @@ def text_of(record):
         title = "## What was changed: {}, {} epochs".format(
             NETWORKS[record["changes"]["network"]], record["changes"]["epochs"])
         parts += [title, CHANCE, changed]
-    for table in record.get("further", []):
-        parts += [f"## {table['title']}", markdown_table(table["head"], table["rows"])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

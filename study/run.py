@@ -35,13 +35,13 @@ GIVEN = ["synthetic", "real"]                                # made by prepare.p
 # The rows, in the order of the work. "says": what was changed. "pretrain", "gan", "refine": flags
 # added to those of pretrain.py, train_gan.py, refine.py. "method": simgan, if not ours.
 # "checkpoint": what refine.py takes, if not average.pt; "of": of that row's training, which is
-# not done again. "filter": images made by study.filters. "segment": False, if no network is
+# not done again. "filter": images made by that module. "segment": False, if no network is
 # trained on the row. To add a row, add a line.
 ROWS = {
     "synthetic": {"says": "images as they are rendered"},
     "real": {"says": "real images: what is aimed at"},
     "colour": {"says": "no R: mean and deviation of every channel matched to real",
-               "filter": "colour"},
+               "filter": "study.colour"},
     "simgan": {"says": "SimGAN: R pre-trained by L1", "method": "simgan"},
     "ours": {"says": "the paper's method: R pre-trained by a perceptual loss"},
     "pretrained": {"says": "R after its pre-training", "of": "ours", "checkpoint": "pretrain.pt",
@@ -93,8 +93,8 @@ def commands_of_row(name, seed, folder, args):
     if name in GIVEN:
         return []
     if "filter" in row:
-        return [(f"{name}-filter", ["-m", "study.filters", row["filter"], "--data",
-                                    f"{folder}/data", "--out", out])]
+        return [(f"{name}-filter", ["-m", row["filter"], "--data", f"{folder}/data",
+                                    "--out", out])]
     trained = row.get("of", name)
     checkpoint = f"{folder}/runs/{trained}/{row.get('checkpoint', 'average.pt')}"
     refine = ["refine.py", "--checkpoint", checkpoint, "--data", f"{folder}/data/synthetic",
