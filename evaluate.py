@@ -91,11 +91,11 @@ def compare(rows, images, n):
 
 
 def plus_minus(score, scale=1, digits=2, sign=""):
-    """A score as "1.23 ± 0.04", its standard error; in brackets what is inside its error."""
+    """A score as "1.23 ± 0.04", its standard error; in brackets if it is not sure."""
     if score is None:
         return "-"
     text = f"{scale * score['value']:{sign}.{digits}f} ± {scale * score['se']:.{digits}f}"
-    return text if score.get("sure", True) else f"({text}) inside its error"
+    return text if score.get("sure", True) else f"({text})"
 
 
 def cells(scores, sign=""):
@@ -142,7 +142,7 @@ def arguments():
     p.add_argument("--out", type=path_of, default=Path("results"), help="where tables go")
     add_inception_flag(p)
     p.add_argument("--n", type=positive(int), help="images a row; all test images if not given")
-    p.add_argument("--pair-seed", type=natural, default=0, help="which real image is whose partner")
+    p.add_argument("--pair-seed", type=natural, default=0, help="chooses images and partners")
     return p.parse_args()
 
 
@@ -213,8 +213,6 @@ def main():
     features = {}
     for name, x in {**images, "real": partners}.items():
         features[name] = inception_features(net, x, device, title=f"Inception features of {name}")
-        if device.type == "cuda" and len(x) >= 2000:  # eigenvalues of 2048 x 2048: for a GPU
-            features[name] = features[name].to(device)
 
     # 3. The rows of Table 2, and two controls.
     rows = {}

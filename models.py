@@ -118,7 +118,7 @@ def double_conv(c_in, c_out):
 
 
 class UNet(nn.Module):
-    """U-Net (Ronneberger et al. 2015): [N, 3, H, W] in [-1, 1] -> class logits [N, 19, H, W].
+    """U-Net (Ronneberger et al. 2015): [N, 3, H, W] in [-1, 1] -> logits [N, classes, H, W].
 
     Four levels down and up, base width 32 (the original has 64), padded convolutions with
     BatchNorm. H and W must be multiples of 16 or are padded up to one by repeating the edge.
@@ -157,7 +157,7 @@ class UNet(nn.Module):
 
 
 class DeepLabV3Plus(nn.Module):
-    """DeepLabV3+ (Chen et al. 2018): [N, 3, H, W] in [-1, 1] -> logits [N, 19, H, W].
+    """DeepLabV3+ (Chen et al. 2018): [N, 3, H, W] in [-1, 1] -> logits [N, classes, H, W].
 
     ResNet-50 at output stride 16, ASPP with rates 6, 12, 18, and the decoder that the plus
     stands for: upsample, join with layer1's features cut to 48 maps, two 3x3 convolutions.

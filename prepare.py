@@ -7,7 +7,7 @@ Writes  data/{synthetic,real}/{train,test}/images/NAME.png   RGB, all of one siz
         data/prepare.json   the settings, which frames were held out, counts, what was skipped
 
     python prepare.py --gta5 ~/gtav --cityscapes ~/cityscapes          the paper's data
-    python prepare.py --synthetic IMAGES LABELS --real IMAGES LABELS   any other
+    python prepare.py --synthetic IMAGES LABELS --real IMAGES LABELS   any other; --crop none: whole
     python prepare.py --demo                                           no data at all
 
 The other stages import the format from here: CLASSES, PALETTE, IGNORE, load_images, load_labels.

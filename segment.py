@@ -92,7 +92,7 @@ def train(net, images, labels, args, device, title):
             x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
             y = torch.where(mirror[:, None, None], y.flip(-1), y)
             with autocast(device, args.precision):
-                logits = net(to_float(x)).float()             # [batch, 19, H, W]
+                logits = net(to_float(x)).float()             # [batch, classes, H, W]
             loss = F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="sum")
             loss = loss / (y != IGNORE).sum().clamp(min=1)    # an all-void batch: 0, not nan
             optimizer.zero_grad()
@@ -193,7 +193,7 @@ def class_table(by_seed, rows, table):
 def report(network, by_seed, rows, columns, count, args):
     """Write and print segment_NETWORK.md, and draw its matrices."""
     text = [f"### {NETWORKS[network]}: {count} training images, {args.epochs} epochs, batch "
-            f" {args.batch_size}, lr {args.lr}, seeds {' '.join(map(str, args.seeds))}", ""]
+            f"{args.batch_size}, lr {args.lr}, seeds {' '.join(map(str, args.seeds))}", ""]
     means = {}
     for metric, title in (("mIoU", "mIoU"), ("accuracy", "pixel accuracy (%)")):
         paper = PAPER[network][metric] if args.table == TABLE else {}     # its 19 classes

@@ -72,7 +72,7 @@ class History:
 class BestStep:
     """R at the best step by the paper's rule (section 5.1): "generator losses and discriminator
     losses for real images are the lowest, and the discriminator losses for refined images are
-    the highest". All three are cross-entropies, so they are added as they are."""
+    the highest". All three are cross-entropies, so they are weighed alike."""
 
     def __init__(self):
         self.step, self.score, self.refiner = 0, -math.inf, {}
@@ -115,9 +115,10 @@ def update_R(R, D, optimizer, x, alpha, beta, rec_batch, rec="l2"):
 
 
 def update_D(R, D, optimizer, x, y, history, n_old):
-    """One step of D on L_D with R fixed; x synthetic, y real, both [n, 3, H, W] in [-1, 1].
+    """One step of D on L_D with R fixed; x: synthetic images, y: real ones, in [-1, 1].
 
-    D's refined images are R(x) and `n_old` of the history, which then takes R(x) in.
+    D's refined images are R(x) and `n_old` of the history, as many as y together; the history
+    then takes R(x) in.
     Returns D's loss on real and on refined images and its share of right patches on each.
     """
     new = refine(R, x)
@@ -259,7 +260,7 @@ def train(R, D, synthetic, real, pairs, args, device, settings, saved):
                         optimizer_D=optimizer_D, average=average, history=history, best=best,
                         random=batches)
     if not training.step:
-        history.add(refine(R, batches.draw(synthetic, n)))    # it is never empty
+        history.add(refine(R, batches.draw(synthetic, n)))    # it begins with a batch
 
     for step in training.steps(args.steps, args.save_every,
                                lambda: save_refiners(R, average, best, training, args.run)):
