@@ -66,10 +66,11 @@ def test_documented_command_parses(command, monkeypatch):
 
 
 @pytest.mark.parametrize("command", sorted({c for c in README_COMMANDS if c.startswith("make")}))
-def test_documented_make_target_exists(command):
+def test_documented_make_target_exists_and_overwrites_nothing(command):
     done = subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=ROOT,
                           capture_output=True, text=True, env={**os.environ, "MAKEFLAGS": ""})
     assert done.returncode == 0, done.stderr
+    assert "--overwrite" not in done.stdout, "a run may be somebody's own"
 
 
 def test_two_images_a_batch_are_enough(monkeypatch):
