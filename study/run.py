@@ -27,7 +27,7 @@ from pathlib import Path
 
 from support.cli import (UserError, lock, natural, parser, path_of, positive, start, write_json,
                          write_text)
-from support.training import add_inception_flag, load_checkpoint, save_checkpoint
+from support.training import add_inception_flag
 
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN = ["synthetic", "real"]                                # made by prepare.py for all seeds
@@ -263,16 +263,7 @@ def write_record(args):
     ours = args.base / "seed0/runs/ours"
     if (ours / "curves.png").is_file():
         shutil.copy(ours / "curves.png", args.results / f"{args.name}-figure1.png")
-    if args.refiner and (ours / "average.pt").is_file():
-        keep_refiner(ours / "average.pt", args.refiner)
     print(f"done: {path}; python -m study.report {args.name} makes the tables")
-
-
-def keep_refiner(source, target):
-    """Keep the weights of a checkpoint of R, without the settings of its run."""
-    state = load_checkpoint(source, ["average"], "train it first")
-    kept = {key: state[key] for key in ("step", "refiner_args", "refiner")}
-    save_checkpoint(target, "average", **kept)
 
 
 def arguments():
@@ -298,7 +289,6 @@ def arguments():
     p.add_argument("--deeplab-epochs", type=positive(int), help="(default: as --epochs)")
     p.add_argument("--base", type=path_of, help="where the runs lie (default: runs/study/NAME)")
     p.add_argument("--results", type=path_of, default=ROOT / "study/results", help="of the record")
-    p.add_argument("--refiner", type=path_of, help="a file for R of ours, seed 0")
     args = p.parse_args()
     if bool(args.prepare) == bool(args.data):
         p.error("give --prepare FLAGS or --data FOLDER, one of the two")
