@@ -271,7 +271,7 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
         "'my study' --prepare \"--gta5 'my raw data/gtav' --cityscapes 'my raw data/cityscapes' "
         "--crop none --size 24 48 --test 3 --workers 1\" --inception random --seeds 0 --rows synthetic real colour ours "
         "--pretrain '--steps 2 --d-steps 2' --gan '--steps 4 --batch-size 2 --sample-every 2' "
-        "--epochs 1 --curve --deeplab --results . --refiner R.pt")
+        "--epochs 1 --curve --deeplab --results .")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "run", as_user)
     monkeypatch.setattr(sys, "argv", ["run.py", *flags])
@@ -279,8 +279,6 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
     assert asked == ["prepare.py", "-m", "pretrain.py", "train_gan.py", "refine.py",
                      "evaluate.py", "segment.py"]
     record = json.loads((tmp_path / "my study.json").read_text())
-    kept = torch.load(tmp_path / "R.pt", weights_only=True)
-    assert set(kept) == {"stage", "step", "refiner_args", "refiner"} and kept["step"] == 4
     numbers = record["seeds"]["0"]
     assert numbers["training"]["ours"]["steps"] == 4 == numbers["training"]["ours"]["step"]
     assert set(numbers["table2"]["rows"]) >= {"synthetic", "colour", "ours"}
@@ -339,6 +337,6 @@ def test_the_study_is_small_and_its_links_lead_somewhere(monkeypatch):
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (README.parent / link).exists(), link
     commands = re.findall(r"^    python -m (\S+) (.*)$", re.sub(r"\\\n\s*", " ", text), re.M)
-    assert len(commands) > 3
+    assert len(commands) >= 3
     for module, flags in commands:
         parsed(monkeypatch, module, shlex.split(flags))
