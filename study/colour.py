@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from prepare import load_images, names
-from support.cli import (UserError, lock, parser, path_of, progress, start, write_json, write_png)
+from support.cli import UserError, lock, parser, path_of, progress, start, write_json, write_png
 from support.training import to_float, to_uint8
 
 MADE_BY = "study.colour"                                 # only its own output is replaced
@@ -54,9 +54,6 @@ def arguments():
 def main():
     args = arguments()
     source = args.data / "synthetic"
-    splits = [split for split in ("train", "test") if (source / split).is_dir()]
-    if not splits:
-        raise UserError(f"{source}: no train/ or test/ in it; run prepare.py first")
     record_path = args.out / "refine.json"
     made_here = record_path.is_file() and MADE_BY in record_path.read_text(encoding="utf-8")
     others = [p for p in args.out.glob("*") if p.name not in (".lock", "refine.json.tmp")]
@@ -69,7 +66,8 @@ def main():
     record = {"checkpoint": MADE_BY, "step": 0, "source": str(source), "finished": False}
     lock(args.out)
     write_json(record_path, record)
-    count = sum([write_split(function, source / split, args.out / split) for split in splits])
+    count = sum([write_split(function, source / split, args.out / split)
+                 for split in ("train", "test")])
     write_json(record_path, {**record, "finished": True})
     print(f"done: {count} images and their labels in {args.out}/")
 

@@ -434,10 +434,12 @@ def networks_of(record):
 
 
 def draw(record, path):
-    """mIoU on real by training images, a bar and its seeds; and over the epochs."""
+    """mIoU on real by training images, a bar and its seeds; and over the epochs, if there
+    are several numbers of them."""
     by_network = networks_of(record)
-    figure = Figure(figsize=(5 * len(by_network) + 5, 3.6), layout="constrained")
-    axes = figure.subplots(1, len(by_network) + 1)
+    panels = len(by_network) + (len(epochs_in(record, "unet")) > 1)
+    figure = Figure(figsize=(5 * panels, 3.6), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     for axis, (network, by_seed) in zip(axes, by_network.items()):
         names = rows_in(record, by_seed)
         for i, row in enumerate(names):
@@ -448,7 +450,8 @@ def draw(record, path):
                  title=f"{NETWORKS[network]}, {record['epochs'][network]} epochs")
         axis.invert_yaxis()
         axis.locator_params(axis="x", nbins=5)
-    draw_epochs(axes[-1], record)
+    if panels > len(by_network):
+        draw_epochs(axes[-1], record)
     save_figure(path, figure)
 
 
@@ -458,6 +461,8 @@ def draw_epochs(axis, record):
     found = {n: tested_by_seed(record, "unet", n) for n in epochs}
     for row in ("synthetic", "colour", "simgan", "ours", "real"):
         here = [n for n in epochs if on_real(found[n], row, "mIoU")]
+        if not here:
+            continue
         means = [np.mean(list(on_real(found[n], row, "mIoU").values())) for n in here]
         axis.plot(here, means, marker="o", label=row)
     axis.set(title="U-Net over the epochs", xlabel="epochs", ylabel="mIoU on real")

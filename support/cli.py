@@ -251,8 +251,9 @@ def announce(script, device, seed, reads, writes, note=""):
     import torch
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU")
-    print(f"{script}: {device.type} ({name}), torch {torch.__version__}, torchvision "
-          f"{version('torchvision')}, seed {seed}; reads {reads}; writes {writes}{note}", flush=True)
+    versions = f"torch {torch.__version__}, torchvision {version('torchvision')}"
+    print(f"{script}: {device.type} ({name}), {versions}, seed {seed}; reads {reads}; writes "
+          f"{writes}{note}", flush=True)
 
 
 def provenance(args, device):

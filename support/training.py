@@ -347,8 +347,10 @@ class Training:
     def mean(self, n):
         """{column: mean over the last n rows of the log}."""
         self.read()
-        rows = self.rows[-n:]
-        return {column: sum(row[column] for row in rows) / len(rows) for column in self.columns}
+        means, rows = {}, self.rows[-n:]
+        for column in self.columns:
+            means[column] = sum(row[column] for row in rows) / len(rows)
+        return means
 
     def latest(self):
         """The first columns of the last row, for the progress bar."""

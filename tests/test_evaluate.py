@@ -164,8 +164,7 @@ def test_the_report_shows_everything(printed, folder):
         wanted = [f"{scale * scores[metric]['value']:{sign}.{digits}f} ± "
                   f"{scale * scores[metric]['se']:.{digits}f}" for metric, scale, digits in (
                       ("fid", 1, 2), ("kid", 1000, 2), ("ssim", 1, 4), ("ssim_range1", 1, 4))]
-        found = [cell.strip("() ") for cell in
-                 line.strip("| ").split(" | ")]
+        found = [cell.strip("() ") for cell in line.strip("| ").split(" | ")]
         assert found[-6:-2] == wanted or found[-4:] == wanted, line
 
 
