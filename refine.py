@@ -7,7 +7,7 @@ Writes  data/METHOD/{train,test}/{images,labels}: the same names, refined images
 
     python refine.py                            runs/ours/average.pt -> data/ours
     python refine.py --method simgan            runs/simgan/average.pt -> data/simgan
-    python refine.py --checkpoint runs/ours/gan.pt          R by the paper's rule -> data/ours
+    python refine.py --checkpoint runs/ours/gan.pt --out data/rule         R by the paper's rule
     python refine.py --checkpoint runs/ours/pretrain.pt --out data/pretrained
     python refine.py --checkpoint runs/ours/average.pt --images renderings --out refined
 
@@ -16,6 +16,7 @@ own output; with --images it goes on. A megapixel takes a core about 15 seconds.
 """
 import hashlib
 import shutil
+from os.path import normpath
 from pathlib import Path
 
 import numpy as np
@@ -41,17 +42,17 @@ def arguments():
     p.add_argument("--checkpoint", type=path_of, help="(default: runs/METHOD/average.pt)")
     p.add_argument("--data", type=path_of, default=Path("data/synthetic"), help="a domain folder")
     p.add_argument("--images", type=path_of, help="a picture or a folder, instead of --data")
-    p.add_argument("--out", type=path_of, help="(default: data/METHOD)")
+    p.add_argument("--out", type=path_of, help="(default: METHOD beside --data)")
     p.add_argument("--size", type=positive(int), nargs=2, metavar=("H", "W"), help="of --images: "
                    "refine at this size, that of R's training, and scale back")
     p.add_argument("--batch-size", type=positive(int), default=16, help="images of --data a batch")
     args = p.parse_args()
-    if args.images and not args.out:
-        p.error("--images wants --out, a folder for the refined pictures")
+    if (args.images or args.checkpoint) and not args.out:
+        p.error("--images and --checkpoint want --out, a folder for what is refined")
     if args.size and (not args.images or min(args.size) < 3):
         p.error("--size goes with --images and is 3 x 3 at least")
     args.checkpoint = args.checkpoint or Path("runs") / args.method / "average.pt"
-    args.out = args.out or Path("data") / args.method
+    args.out = args.out or Path(normpath(args.data / ".." / args.method))
     return args
 
 
@@ -110,7 +111,7 @@ def refine_domain(R, args, record, device):
     for split in splits:
         count += refine_split(R, args.data / split, args.out / split, device, args.batch_size)
     write_json(args.out / "refine.json", {**record, "finished": True})
-    print(f"done: {count} refined images and their labels in {args.out}/")
+    print(f"done: {count} refined images, with labels where there are any, in {args.out}/")
 
 
 # ------------------------------------------------------------------------------ any pictures

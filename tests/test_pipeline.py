@@ -31,10 +31,16 @@ def finished(project, tmp_path_factory):
 
 
 def test_refine_again_gives_the_same_bytes(finished):
+    """Beside what it refines: other data leaves data/ours as it was."""
+    shutil.copytree(finished / "data/synthetic", finished / "other/synthetic")
     file = finished / "data/ours/test/images" / f"{names(finished / 'data/ours/test')[0]}.png"
     before = file.read_bytes()
     call("refine.py", cwd=finished)
-    assert file.read_bytes() == before
+    when = file.stat().st_mtime_ns
+    call("refine.py", "--data", "other/synthetic", cwd=finished)
+    other = finished / "other/ours/test/images" / file.name
+    assert file.read_bytes() == other.read_bytes() == before
+    assert file.stat().st_mtime_ns == when
 
 
 def test_refine_does_not_write_into_a_folder_of_others(finished):
@@ -94,7 +100,8 @@ def test_a_batch_larger_than_the_set(fresh):
     """9 training images: batches are drawn with replacement, segmentation takes what there is."""
     call_all(["pretrain.py", "--steps", 1, "--d-steps", 1, "--batch-size", 12, "--inception",
               "random", "--run", "runs/large"],
-             ["refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--batch-size", 12], cwd=fresh)
+             ["refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "data/ours",
+              "--batch-size", 12], cwd=fresh)
     call_all(["train_gan.py", "--run", "runs/large", "--steps", 1, "--batch-size", 12],
              ["segment.py", "--network", "unet", "--epochs", 1, "--batch-size", 12], cwd=fresh)
     assert (fresh / "runs/large/gan.pt").is_file()
