@@ -7,10 +7,10 @@ Writes  data/{synthetic,real}/{train,test}/images/NAME.png   RGB, all of one siz
         data/prepare.json   the settings, which frames were held out, counts, what was skipped
 
     python prepare.py --gta5 ~/gtav --cityscapes ~/cityscapes          the paper's data
-    python prepare.py --synthetic IMAGES LABELS --real IMAGES LABELS   any other; --crop none: whole
+    python prepare.py --synthetic IMAGES LABELS --real IMAGES LABELS   any other
     python prepare.py --demo                                           no data at all
 
-The other stages import the format from here: CLASSES, PALETTE, IGNORE, load_images, load_labels.
+The other stages import the format from here: CLASSES, TABLE, IGNORE, load_images, load_labels.
 """
 from collections import Counter
 from functools import partial
@@ -44,6 +44,7 @@ TABLE = (
 )
 CLASSES = [name for name, _, _ in TABLE]
 PALETTE = palette_of(TABLE)                          # uint8 [256, 3]; void (255) is black
+PAPER_CROP = ["200", "600", "400", "600"]            # top, left, height, width (section 4.1)
 # IGNORE (255) is void: in no loss and in no score.
 
 
@@ -156,8 +157,8 @@ def split(domain, train, test, args, rng):
 def plan(args):
     """Which raw frame goes where: {(domain, split): Part}, and all that was Found."""
     parts, found = {}, Found([], [], Counter())
-    for domain, stream in (("synthetic", 0), ("real", 2)):
-        rng = np.random.default_rng([args.seed, stream])          # another one per domain
+    for domain, stream in (("synthetic", 0), ("real", 2)):       # other numbers, other splits
+        rng = np.random.default_rng([args.seed, stream])
         train, test = find(domain, args)
         for some in filter(None, (train, test)):
             if not some.frames:
@@ -312,8 +313,8 @@ def arguments():
     p.add_argument("--out", type=path_of, default=Path("data"), help="where the data goes")
     p.add_argument("--size", type=positive(int), nargs=2, default=[80, 160],
                    metavar=("H", "W"), help="(paper) size of every image")
-    p.add_argument("--crop", nargs="+", default=["200", "600", "400", "600"],
-                   metavar="N", help="(paper) TOP LEFT HEIGHT WIDTH, or none")
+    p.add_argument("--crop", nargs="+", metavar="N", help="(paper) TOP LEFT HEIGHT WIDTH, or "
+                   "none (default: 200 600 400 600 of GTA-V and Cityscapes, else none)")
     p.add_argument("--test", type=positive(int), help="(paper) test frames a domain "
                    "(default: 200, or a fifth of all, 3 at least, if that is less)")
     p.add_argument("--limit", type=positive(int), help="training frames a domain, at most; "
@@ -331,6 +332,8 @@ def arguments():
 
 def check_flags(p, args):
     """Refuse flags that do not fit each other; make --crop numbers."""
+    if not args.crop:
+        args.crop = PAPER_CROP if args.gta5 or args.cityscapes else ["none"]
     if args.crop == ["none"]:
         args.crop = None
     elif len(args.crop) == 4 and all(n.isdecimal() for n in args.crop) \
@@ -341,7 +344,7 @@ def check_flags(p, args):
     if min(args.size) < 24 or max(args.size) > 4096:
         p.error(f"--size {args.size[0]} {args.size[1]}: from 24 x 24 to 4096 x 4096")
     if args.demo and (args.gta5 or args.cityscapes or args.synthetic or args.real):
-        p.error("--demo draws its own data: leave the folders away")
+        p.error("--demo draws its own data: leave out the folders")
     if args.gta5 and args.synthetic or args.cityscapes and args.real:
         p.error("--gta5 or --synthetic, --cityscapes or --real: one source a domain")
     if args.classes and (args.gta5 or args.cityscapes or args.demo or args.label_ids):

@@ -352,21 +352,24 @@ def test_frames_that_the_crop_does_not_fit(tmp_path):
     skipped = record(tmp_path / "some")["skipped"]
     assert len(skipped) == 2                                             # once per domain
     assert all("small.png" in s and "--crop 10 10 30 50" in s and "40x30" in s for s in skipped)
-    line = error_line(*args, "--out", tmp_path / "none")                 # the paper's crop
-    assert "were skipped" in line and "--crop 200 600 400 600" in line
+    good(*args, "--out", tmp_path / "whole")                             # own images: uncropped
+    assert not record(tmp_path / "whole")["skipped"]
 
 
-# ------------------------------------------------------------------------------------- demo
-
-
-def test_the_advice_after_a_crop_that_does_not_fit_works(tmp_path):
+@pytest.mark.parametrize("given, own", [("gta5", "real"), ("cityscapes", "synthetic")])
+def test_official_data_has_the_papers_crop(raw, tmp_path, given, own):
     """The line says "try --crop none": the same command with it goes through."""
     for i in range(4):
         draw(tmp_path / "raw" / f"{i}.png", i)
-    command = ["--synthetic", tmp_path / "raw", "--real", tmp_path / "raw", "--size", 24, 48,
-               "--test", 1, "--out", tmp_path / "out"]
-    assert "try --crop none" in error_line(*command)
+    command = [f"--{given}", raw / given, f"--{own}", tmp_path / "raw", "--size", 24, 48, "--test", 1,
+               "--out", tmp_path / "out"]
+    line = error_line(*command)
+    assert "were skipped" in line and "--crop 200 600 400 600 does not fit" in line
+    assert "try --crop none" in line
     good(*command, "--crop", "none")
+
+
+# ------------------------------------------------------------------------------------- demo
 
 
 def test_demo_is_deterministic_and_has_two_looks(tmp_path):
