@@ -1,4 +1,4 @@
-"""Stage 6: Tables 3-6. Which images make the better training set for segmentation?
+"""Stage 6: Tables 3-7. Which images make the better training set for segmentation?
 
 Trains each network on each domain (synthetic, simgan, ours, real) and tests it on each. The
 trainings of a network differ in their data only: same number of images, epochs, learning rate
@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from models import DeepLabV3Plus, UNet
-from prepare import CLASSES, IGNORE, TABLE, check_domains, classes_of, load_images, load_labels
+from prepare import (CLASSES, IGNORE, TABLE, check_domains, classes_of, load_images, load_labels,
+                     names)
 from support.cli import (UserError, announce, markdown_table, natural, parser, path_of, positive,
                          progress, provenance, start, writable, write_json, write_text)
 from support.figures import save_grid, save_matrices
@@ -80,7 +81,7 @@ def train(net, images, labels, args, device, title):
     """Cross-entropy (void ignored), Adam, cosine learning rate, random mirroring. images uint8
     [N, 3, H, W], labels trainIds [N, H, W]."""
     batch = min(args.batch_size, len(images))
-    whole = len(images) // batch * batch                      # the odd rest of an epoch waits
+    whole = len(images) // batch * batch                      # what fills no batch is left out
     steps = args.epochs * whole // batch
     optimizer = make_optimizer("adam", net.parameters(), args.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -275,6 +276,9 @@ def load_domains(args):
     all of them have. UserError if these cannot be compared, or nothing be learned from one."""
     data, domains = {}, find_domains(args)
     check_domains(args.data, domains, ["train", "test"])
+    count = min(len(names(args.data / d / "train")) for d in domains)
+    if count < 2:
+        raise UserError(f"{args.data}: only {count} training image in one domain; 2 at least")
     for d in domains:
         for split in ("train", "test"):
             folder = args.data / d / split
@@ -284,9 +288,7 @@ def load_domains(args):
             if (data[d, split][1] == IGNORE).all():
                 raise UserError(f"{folder}/labels: every pixel is void, so nothing can be learned "
                                 "or tested there; see what prepare.py says of these labels")
-    count = min(len(data[d, "train"][0]) for d in domains)
-    if count < 2:
-        raise UserError(f"{args.data}: only {count} training image in one domain; 2 at least")
+        data[d, "train"] = choose(data[d, "train"], count, args.seed)
     return data, domains, count
 
 
@@ -298,20 +300,18 @@ def choose(data, count, seed):
     return images[torch.from_numpy(order)], labels[torch.from_numpy(order)]
 
 
-def train_and_test(network, data, rows, columns, count, args, device):
+def train_and_test(network, data, rows, columns, args, device):
     """One of the paper's networks: {seed: {trained on: {tested on: scores}}}, the same with
     confusion matrices, and the first seed's predictions on real, {trained on: [N, H, W]}."""
     by_seed, matrices, pictures = {}, {}, {}
     for seed in args.seeds:
         by_seed[seed], matrices[seed] = {}, {}
         for row in rows:
-            chosen = choose(data[row, "train"], count, args.seed)
-            net, found = trained(network, row, seed, chosen, args, device), {}
+            net, found = trained(network, row, seed, data[row, "train"], args, device), {}
             for d in columns:
                 images, labels = data[d, "test"]
                 predicted = predict(net, images, args, device)
-                found[d] = sum(confusion(truth, guess, len(args.table))
-                               for truth, guess in zip(labels, predicted))
+                found[d] = confusion(labels, predicted, len(args.table))
                 if d == "real":
                     pictures.setdefault(row, predicted)
             by_seed[seed][row] = {d: scores(m) for d, m in found.items()}
@@ -325,7 +325,8 @@ def main():
     announce("segment.py", device, args.seeds, f"{args.data}/*", f"{args.out}/segment_*, table7")
 
     # 1. The domains, the same number of training images of each.
-    said, args.table = provenance(args, device), classes_of(args.data)
+    said = provenance(args, device)
+    args.table = classes_of(args.data)                        # after that: it is no flag
     data, columns, count = load_domains(args)
     rows = [d for d in columns if d in (args.train or columns)]
     networks = list(NETWORKS) if args.network == "both" else [args.network]
@@ -339,8 +340,8 @@ def main():
     # 2. Train every network on every domain and test it on every domain: Tables 3-6.
     pictures = {}
     for network in networks:
-        by_seed, matrices, pictures[network] = train_and_test(network, data, rows, columns, count,
-                                                              args, device)
+        by_seed, matrices, pictures[network] = train_and_test(network, data, rows, columns, args,
+                                                              device)
         write_json(args.out / f"segment_{network}.json", {
             **said, "network": network, "domains": columns, "epochs": args.epochs,
             "images": count, "seeds": args.seeds, "test_images": tested_on, "scores": by_seed,
