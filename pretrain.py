@@ -93,11 +93,11 @@ def summarise(path, R, x, rows, args):
     """Draw pretrain.png from synthetic images x and print what the last 50 steps of each were."""
     refined = R(x)
     save_grid(path, {"synthetic": to_uint8(x), "R(synthetic)": to_uint8(refined),
-                     "|difference|": to_uint8((refined - x).abs() - 1)})
+                     "|difference|": (to_uint8(refined).int() - to_uint8(x).int()).abs().byte()})
     change = fmean(row["mean_change_or_accuracy"] for row in rows[:args.steps][-50:])
     loss = fmean(row["loss"] for row in rows[args.steps:][-50:])
     accuracy = fmean(row["mean_change_or_accuracy"] for row in rows[args.steps:][-50:])
-    print(f"R: mean |R(x) - x| = {change:.3f} of the [-1, 1] range (0 is the identity); D: loss "
+    print(f"R: mean |R(x) - x| = {change:.3f} with x in [-1, 1] (0 is the identity); D: loss "
           f"{loss:.3f} (1.386 is guessing), accuracy {accuracy:.2f}")
 
 

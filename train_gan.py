@@ -3,7 +3,7 @@
     repeat  twice:  R <- R - grad L_R,   L_R = alpha L_adv + beta L_rec           (Eq 2), D fixed
             once:   D <- D - grad L_D,   half of its refined images from a history (Eq 1), R fixed
 
-Reads   data/{synthetic,real}, runs/METHOD/pretrain.pt
+Reads   data/{synthetic,real}, runs/METHOD/pretrain.pt (METHOD: ours or simgan)
 Writes  runs/METHOD/average.pt  R averaged over the last steps: what refine.py takes
         runs/METHOD/gan.pt      R at the best step by the paper's rule
         runs/METHOD/last.pt     everything to go on from (--resume)
@@ -20,6 +20,7 @@ A step of batch 8 takes 0.8 s at 32 x 64 on 2 cores; the time is linear in image
 """
 import copy
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from support.training import (OPTIMIZERS, Batches, Training, add_training_flags,
                               rebuild, save_checkpoint, saved_run, settings_of, to_float, to_uint8)
 
 VALUES = 3 * 80 * 160                                  # of one image in the paper
-WARM_UP = 1000                                         # steps of which none can be the best
+WARM_UP = 1000                        # steps of which none can be the best; half of a short run
 COLUMNS = ["loss_adv", "loss_rec", "d_loss_real", "d_loss_refined", "d_acc_real",
            "d_acc_refined", "mean_change", "history", "images_per_s", "ssim"]
 
@@ -125,7 +126,7 @@ def update_D(R, D, optimizer, x, y, history, n_old):
     old = history.draw(n_old).to(x.device) if n_old else new[:0]
     logits_refined, logits_real = D(to_float(torch.cat([new, old]))), D(y)
     loss_refined = patch_loss(logits_refined, REFINED)                # Eq 1: -log D(x')
-    loss_real = patch_loss(logits_real, REAL)                         #       -log(1 - D(y))
+    loss_real = patch_loss(logits_real, REAL)                         #       -log(1 - D(y)), mended
     optimizer.zero_grad()
     (loss_refined + loss_real).backward()
     optimizer.step()
@@ -191,7 +192,7 @@ def arguments():
     p.add_argument("--average", type=positive(int), help="steps over which R's weights are "
                    "averaged for average.pt (default: a fifth of --steps, at most 200)")
     p.add_argument("--rec", choices=["l1", "l2"], default="l2",
-                   help="L_rec: squares, or (paper) l1, which blurs")
+                   help="L_rec: squares, or l1 as printed (paper)")
     p.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="(paper) of R")
     p.add_argument("--d-optimizer", choices=OPTIMIZERS, default="momentum", help="of D")
     p.add_argument("--save-every", type=positive(int), default=500, help="steps")
@@ -226,7 +227,7 @@ def load_data(folder):
 
 
 def warm_up(steps):
-    """After which step the best one is looked for: while R leaps the rule has its maximum."""
+    """After which step the best one is looked for: at first D is fooled easily, no merit of R."""
     return min(WARM_UP, steps // 2)
 
 
@@ -237,9 +238,8 @@ def check_steps(path, saved, args):
         raise UserError(f"{path}: has done {done} steps, more than --steps {args.steps}")
     odd_look = done == old and done % args.sample_every        # the last step is always judged
     if args.steps != old and (warm_up(args.steps) != warm_up(old) or odd_look):
-        raise UserError(f"{path}: was run with steps = {old}, not {args.steps}, and looked for its "
-                        f"best step accordingly; only a run of {2 * WARM_UP} steps or more, a "
-                        "multiple of --sample-every, can go further")
+        raise UserError(f"{path}: was run with --steps {old}, give it again; only a run of "
+                        f"{2 * WARM_UP} or more, a multiple of --sample-every, can go further")
     saved["settings"]["steps"] = str(args.steps)
 
 
@@ -260,26 +260,27 @@ def train(R, D, synthetic, real, pairs, args, device, settings, saved):
                         optimizer_D=optimizer_D, average=average, history=history, best=best,
                         random=batches)
     if not training.step:
+        shutil.rmtree(args.run / "samples", ignore_errors=True)      # of a run to --overwrite
         history.add(refine(R, batches.draw(synthetic, n)))    # it begins with a batch
 
     for step in training.steps(args.steps, args.save_every,
                                lambda: save_refiners(R, average, best, training, args.run)):
         with autocast(device, args.precision):
             # Twice R, with D fixed:  min over theta of  L_R = alpha L_adv + beta L_rec   (Eq 2)
-            #     L_adv = -log(1 - D(x'))   (Eq 3),   L_rec = ||x' - x||   (Eq 4),   x' = R(x)
+            #     L_adv = -log(1 - D(x'))   (Eq 3),   L_rec = |x' - x|^2   (Eq 4: L1),   x' = R(x)
             for _ in range(2):
                 x = batches.draw(synthetic, n)
                 values_R = update_R(R, D, optimizer_R, x, args.alpha, args.beta, args.rec_batch,
                                     args.rec)
-            # Once D, with R fixed:   min over phi of  L_D = -log D(x') - log(1 - D(y))   (Eq 1)
-            #     where half of the x' are from the history
+            # Once D, with R fixed:   min over phi of  L_D = -log D(x') - log(1 - D(y))   (Eq 1,
+            #     mended: printed, both are -log D), where half of the x' are from the history
             x, y = batches.draw(synthetic, n - n_old), batches.draw(real, n)
             values_D = update_D(R, D, optimizer_D, x, y, history, n_old)
         update_average(average, R, min(step, args.average))
         training.log({**values_R, **values_D, "history": len(history.images)})
 
         if step % args.sample_every == 0 or step == args.steps:
-            recent = training.mean(args.sample_every)         # now the last row is this step's
+            recent = training.mean(args.sample_every)         # reads the log up to this step
             picture = args.run / f"samples/step_{step:06d}.png"
             training.rows[-1]["ssim"] = save_samples(picture, R, average, pairs, device)
             if step > warm_up(args.steps):

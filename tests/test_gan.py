@@ -59,6 +59,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(trained):
     assert "alpha" in err and "50" in err
     call("train_gan.py", "--steps", 3, *GAN, "--alpha", 50, "--resume", cwd=trained)   # 50.0 is 50
     assert (trained / "runs/ours/last.pt").read_bytes() == before
+    call("train_gan.py", "--steps", 1, *GAN, "--overwrite", cwd=trained)
+    assert [p.name for p in (trained / "runs/ours/samples").iterdir()] == ["step_000001.png"]
 
 
 def test_the_summary_is_of_the_last_50_steps_of_each(tmp_path, capsys):
@@ -70,7 +72,7 @@ def test_the_summary_is_of_the_last_50_steps_of_each(tmp_path, capsys):
     pretrain.summarise(tmp_path / "a.png", Refiner(4, 1), torch.zeros(2, 3, 24, 48), rows,
                        SimpleNamespace(steps=60))
     out = capsys.readouterr().out
-    assert "= 0.250 of" in out and "D: loss 0.500" in out and "accuracy 0.75" in out
+    assert "= 0.250 with" in out and "D: loss 0.500" in out and "accuracy 0.75" in out
 
 
 def test_compile_is_asked_of_both_networks(fresh, monkeypatch):
