@@ -52,7 +52,7 @@ def measure(images, features, real, real_features, device):
             values.append(ssim(x.to(device), y.to(device), max_val).cpu().double())
         values = torch.cat(values)
         found[name] = (values.mean().item(), leave_out(
-            lambda v: v.mean().item(), values, groups=len(values)))    # = std / sqrt(N)
+            lambda v: v.mean().item(), values, groups=len(values)))    # error: std / sqrt(N)
     return found
 
 
@@ -141,7 +141,7 @@ def arguments():
     p.add_argument("--data", type=path_of, default=Path("data"), help="what prepare.py made")
     p.add_argument("--out", type=path_of, default=Path("results"), help="where tables go")
     add_inception_flag(p)
-    p.add_argument("--n", type=positive(int), help="images a row; all test images if not given")
+    p.add_argument("--n", type=positive(int), help="images a row (default: the smallest folder's)")
     p.add_argument("--pair-seed", type=natural, default=0, help="chooses images and partners")
     return p.parse_args()
 

@@ -191,12 +191,12 @@ class DeepLabV3Plus(nn.Module):
 
 
 @torch.no_grad()
-def inception_features(net, images, device, batch_size=None, title="Inception features"):
+def inception_features(net, images, device, title="Inception features"):
     """pool3 features, float64 [N, 2048] on the CPU, of uint8 images [N, 3, H, W], a tensor or
     Images. `title` stands beside the progress bar. UserError at a feature that is not finite.
     """
     net, device = net.to(device), torch.device(device)
-    batch_size = batch_size or (8 if device.type == "cpu" else 64)
+    batch_size = 8 if device.type == "cpu" else 64
     features = []
     count = -(-len(images) // batch_size)
     for batch in progress(images.split(batch_size), desc=title, unit="batch", total=count):

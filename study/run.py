@@ -279,7 +279,7 @@ def arguments():
     p.add_argument("--gan", default="--steps 2000 --batch-size 4 --save-every 100",
                    help="flags of train_gan.py, every row")
     p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32",
-                   help="of the networks (bfloat16 halves the time where the CPU has it)")
+                   help="of the networks")
     p.add_argument("--epochs", type=positive(int), default=30, help="of U-Net")
     p.add_argument("--curve", type=positive(int), nargs="*", default=[4, 8, 15], metavar="N",
                    help="further numbers of epochs of U-Net, seed 0 only")

@@ -425,7 +425,7 @@ def usable(make, frames, wanted, workers):
     done, missing, round_ = {}, wanted, 0
     while frames and missing:
         some, frames = frames[:missing << round_], frames[missing << round_:]
-        for frame, made in zip(some, in_parallel(make, some, workers)):
+        for made, frame in zip(in_parallel(make, some, workers), some):
             if made.why or missing:
                 done[frame.name] = made
                 missing -= not made.why

@@ -210,7 +210,7 @@ def settings_of(args, **data):
 def saved_run(path, stage, args):
     """The state to go on from, or None for a new run; refuses what would lose a run."""
     if args.resume:
-        return load_checkpoint(path, [stage], "nothing to --resume: leave the flag away")
+        return load_checkpoint(path, [stage], "nothing to --resume: leave out the flag")
     if path.exists() and not args.overwrite:
         raise UserError(f"{path} exists: --resume goes on with that run, --overwrite starts "
                         "it anew")

@@ -415,7 +415,7 @@ def test_the_palette_of_ones_own_classes_says_nothing(tmp_path, colours):
 
 @pytest.fixture
 def refined(fresh):
-    call("refine.py", "--checkpoint", "runs/ours/pretrain.pt", cwd=fresh)
+    call("refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "data/ours", cwd=fresh)
     return fresh
 
 
