@@ -30,8 +30,8 @@ from support.cli import (UserError, announce, markdown_table, natural, parser, p
 from support.figures import save_grid, save_matrices
 from support.raw import palette_of
 from support.training import (add_device_flag, add_precision_flag, autocast, load_checkpoint,
-                              make_optimizer, pick_device, place, save_checkpoint, sha256,
-                              to_float)
+                              make_optimizer, pick_device, place, precision_note,
+                              save_checkpoint, sha256, to_float)
 
 NETWORKS = {"unet": "U-Net", "deeplabv3plus": "DeepLabV3+"}
 # Tables 3-6: rows are training images, columns synthetic, refined, real. The paper's "refined"
@@ -149,14 +149,17 @@ def build(network, args):
 
 
 def mean_spread(values, digits):
-    """A mean as text; over several seeds with its standard deviation, as 0.123 ± 0.004."""
+    """A mean as text, "-" of none; over several seeds with its deviation, as 0.123 ± 0.004."""
+    if not values:
+        return "-"
     text = f"{np.mean(values):.{digits}f}"
     return text if len(values) == 1 else text + f" ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def of_seeds(by_seed, row, column, metric):
-    """One number a seed. by_seed: {seed: {trained on: {tested on: scores}}}."""
-    return [by_domain[row][column][metric] for by_domain in by_seed.values()]
+    """One number of each seed that has it. by_seed: {seed: {trained on: {tested on: scores}}}."""
+    return [by_domain[row][column][metric] for by_domain in by_seed.values()
+            if column in by_domain.get(row, {})]
 
 
 def matrix_table(metric, paper_of_network, by_seed, rows, columns):
@@ -168,7 +171,7 @@ def matrix_table(metric, paper_of_network, by_seed, rows, columns):
         paper = dict(zip(("synthetic", refined, "real"), paper_of_network.get(row, ())))
         for column in columns:
             text = mean_spread(of_seeds(by_seed, row, column, metric), DIGITS[metric])
-            if column in paper:
+            if column in paper and text != "-":
                 text = f"**{text}** ({paper[column]})"
             cells.append(text)
         lines.append(cells)
@@ -322,7 +325,8 @@ def train_and_test(network, data, rows, columns, args, device):
 def main():
     args = arguments()
     device = pick_device(args.device, args.precision)
-    announce("segment.py", device, args.seeds, f"{args.data}/*", f"{args.out}/segment_*, table7")
+    announce("segment.py", device, args.seeds, f"{args.data}/*", f"{args.out}/segment_*, table7",
+             precision_note(device, args.precision))
 
     # 1. The domains, the same number of training images of each.
     said = provenance(args, device)

@@ -9,8 +9,10 @@ Writes  BASE/summary.png
 import csv
 import json
 from pathlib import Path
+from statistics import fmean
 
 from prepare import load_images
+from segment import of_seeds
 from support.cli import UserError, parser, path_of, start
 from support.figures import save_summary
 from support.training import load_checkpoint
@@ -40,8 +42,7 @@ def read_log(path):
 
 def mean_mIoU(segment, row, column):
     """The mean over the seeds of a record of segment.py."""
-    values = [by_domain[row][column]["mIoU"] for by_domain in segment["scores"].values()]
-    return sum(values) / len(values)
+    return fmean(of_seeds(segment["scores"], row, column, "mIoU"))
 
 
 def print_table(table2, segment, on_real):

@@ -5,23 +5,19 @@ Writes  study/results/NAME.md     the claims, Tables 2 to 6, differences, classe
         study/results/NAME.png    mIoU on real by training images, and over the epochs
 
     python -m study.report game-look-40x80
-
-± is the standard deviation over the seeds, [ ] a 95 % interval of their mean (Student's t). All
-differences are paired: of a seed with the same seed.
 """
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from evaluate import PAPER as PAPER_TABLE2
-from prepare import CLASSES
-from segment import NETWORKS, PAPER, scores
+from prepare import CLASSES, TABLE
+from segment import (NETWORKS, PAPER, class_table, matrix_table, mean_spread, of_seeds, scores)
 from support.cli import UserError, markdown_table, parser, path_of, start, write_text
-from support.figures import save_figure
+from support.figures import Figure, save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = {"mIoU": 3, "shared": 3, "accuracy": 1, "fid": 1, "kid": 1, "ssim": 3, "ssim_range1": 4}
@@ -53,13 +49,9 @@ def mean_and_interval(values):
     return {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "n": n}
 
 
-def with_spread(values, metric):
-    """"0.123 ± 0.004", or "0.123" of one seed, or "-" of none."""
-    if not values:
-        return "-"
-    found, digits = mean_and_interval(values), DIGITS[metric]
-    text = f"{found['mean']:.{digits}f}"
-    return text if found["sd"] is None else f"{text} ± {found['sd']:.{digits}f}"
+def with_spread(by_seed, metric):
+    """"0.123 ± 0.004" of {seed: score}, or "0.123" of one, or "-" of none."""
+    return mean_spread(list(by_seed.values()), DIGITS[metric])
 
 
 def with_interval(values, digits, sign=""):
@@ -147,11 +139,9 @@ def quality(record, row, metric):
 def verdict(values, least=0):
     """Whether the mean over the seeds is above `least`, or whether they cannot tell."""
     found = mean_and_interval(values)
-    if found["sd"] is not None and found["low"] > least:
-        return "holds"
-    if found["sd"] is not None and found["high"] < least:
-        return "does not hold"
-    return "cannot tell"
+    if found["sd"] is None or found["low"] <= least <= found["high"]:
+        return "cannot tell"
+    return "holds" if found["low"] > least else "does not hold"
 
 
 def claim_rows(record, network, by_seed):
@@ -175,7 +165,7 @@ def highest_of(by_seed, cells, metric):
     None where fewer than two of them were measured."""
     means = {}
     for row, domain in cells:
-        values = matrix_values(by_seed, row, domain, metric)
+        values = of_seeds(by_seed, row, domain, metric)
         if values:
             means[row, domain] = np.mean(values)
     return max(means, key=means.get) if len(means) > 1 else None
@@ -229,7 +219,7 @@ def table2(record):
     for row in names:
         if len(quality(record, row, "ssim")) < len(record["seeds"]):
             continue
-        cells = [with_spread(list(quality(record, row, metric).values()), metric)
+        cells = [with_spread(quality(record, row, metric), metric)
                  for metric in ("fid", "kid", "ssim", "ssim_range1")]
         paper = PAPER_TABLE2.get(row, ("-", "-"))
         rows.append([row, *cells, str(paper[0]), str(paper[1])])
@@ -248,8 +238,8 @@ def real_table(record, by_seed):
                 gain = with_interval(difference(by_seed, row, "synthetic", metric), digits, "+")
             if row not in ("synthetic", "real"):
                 gap = with_interval(gap_closed(by_seed, row, metric), 0)
-            cells += [with_spread(list(on_real(by_seed, row, metric).values()), metric), gain, gap]
-        cells.append(with_spread(list(on_real(by_seed, row, "shared").values()), "shared"))
+            cells += [with_spread(on_real(by_seed, row, metric), metric), gain, gap]
+        cells.append(with_spread(on_real(by_seed, row, "shared"), "shared"))
         rows.append(cells)
     head = ["trained on", "mIoU on real", "- synthetic", "gap closed, %", "accuracy on real, %",
             "- synthetic", "gap closed, %", f"mIoU of {len(shared_classes(record))} classes"]
@@ -270,42 +260,14 @@ def pairs_table(by_seed):
     return markdown_table(head, rows) if rows else ""
 
 
-def matrix_values(by_seed, row, domain, metric):
-    """The scores of a cell of Tables 3 to 6, one of every seed that has it."""
-    return [rows[row][domain][metric] for rows in by_seed.values() if domain in rows.get(row, {})]
-
-
-def matrix_table(record, network, by_seed, metric):
-    """One of Tables 3 to 6; the paper's cells are bold, its own figures in brackets."""
-    rows, names, domains = [], rows_in(record, by_seed), []
-    for domain in names:
-        if any(matrix_values(by_seed, row, domain, metric) for row in names):
-            domains.append(domain)
-    for row in names:
-        cells = [row]
-        refined = "simgan" if row == "simgan" else "ours"    # the paper's middle column
-        for domain in domains:
-            cell = with_spread(matrix_values(by_seed, row, domain, metric), metric)
-            paper = PAPER[network][metric].get(row)
-            if paper and cell != "-" and domain in ("synthetic", refined, "real"):
-                value = dict(zip(("synthetic", refined, "real"), paper))[domain]
-                cell = f"**{cell}** ({value})"
-            cells.append(cell)
-        rows.append(cells)
-    unit = "fraction" if metric == "mIoU" else "%"
-    return markdown_table([f"{metric} ({unit}), trained on \\ tested on", *domains], rows)
-
-
-def class_table(record, by_seed):
-    """IoU of every class on real."""
-    rows, names = [], rows_in(record, by_seed)
-    for i, name in enumerate(CLASSES):
-        cells = [name]
-        for row in names:
-            values = [ious[i] for ious in on_real(by_seed, row, "IoU").values()]
-            cells.append("-" if np.isnan(values).any() else with_spread(values, "mIoU"))
-        rows.append(cells)
-    return markdown_table(["IoU on real", *names], rows)
+def segment_tables(record, network, by_seed):
+    """Tables 3 to 6 and the IoU of every class on real, as segment.py has them of one run."""
+    names, tables = rows_in(record, by_seed), []
+    domains = [domain for domain in names
+               if any(of_seeds(by_seed, row, domain, "mIoU") for row in names)]
+    for metric, paper in PAPER[network].items():
+        tables.append(matrix_table(metric, paper, by_seed, names, domains).strip())
+    return [*tables, class_table(by_seed, names, TABLE).strip()]
 
 
 def epochs_in(record, network):
@@ -323,8 +285,7 @@ def epochs_table(record, network):
     found = {n: tested_by_seed(record, network, n) for n in epochs}
     rows = []
     for row in rows_in(record, found[epochs[0]] | found[epochs[-1]]):
-        cells = [with_spread(list(on_real(found[n], row, "mIoU").values()), "mIoU")
-                 for n in epochs]
+        cells = [with_spread(on_real(found[n], row, "mIoU"), "mIoU") for n in epochs]
         if len(cells) - cells.count("-") > 1:
             rows.append([row, *cells])
     head = [f"mIoU on real of {NETWORKS[network]}, trained on", *[f"{n} epochs" for n in epochs]]
@@ -382,19 +343,18 @@ def mean_change(record, row):
 def changes_table(record):
     """Everything that was changed, one thing a row, beside ours of the same seeds."""
     found = {metric: changes(record, metric) for metric in ("fid", "mIoU", "accuracy")}
+    if not found["mIoU"]:
+        return ""
     rows = []
     for row in ["ours", *found["mIoU"]]:
         seeds = ", ".join(change_scores(record, row, "mIoU"))
         cells = [record["rows"][row]["says"], seeds, mean_change(record, row)]
         for metric in found:
             if row == "ours":
-                values = change_scores(record, row, metric).values()
-                cells.append(with_spread(list(values), metric))
+                cells.append(with_spread(change_scores(record, row, metric), metric))
             else:
                 cells.append(change_cell(found[metric].get(row), DIGITS[metric]))
         rows.append(cells)
-    if len(rows) == 1:
-        return ""
     return markdown_table(["what was changed", "seeds", "mean abs(R(x) - x)", "FID, - ours",
                            "mIoU on real, - ours", "accuracy on real, %, - ours"], rows)
 
@@ -406,9 +366,7 @@ def network_text(record, network, by_seed):
     """The part of the report about one segmentation network."""
     title = f"## {NETWORKS[network]}, {record['epochs'][network]} epochs, seed {', '.join(by_seed)}"
     return [title, real_table(record, by_seed), pairs_table(by_seed),
-            matrix_table(record, network, by_seed, "mIoU"),
-            matrix_table(record, network, by_seed, "accuracy"),
-            class_table(record, by_seed), epochs_table(record, network)]
+            *segment_tables(record, network, by_seed), epochs_table(record, network)]
 
 
 def text_of(record):
