@@ -15,7 +15,6 @@ Writes  the table; with --json PATH also as PATH, with hardware, versions and ev
     python -m study.bench --size 40 80 --batch-size 8 --json results/bench.json
 """
 import copy
-import json
 import os
 import platform
 import statistics
@@ -39,11 +38,12 @@ import train_gan
 from models import (REAL, REFINED, DeepLabV3Plus, Discriminator, Refiner, UNet, fid,
                     inception_features, load_inception, patch_loss, ssim)
 from support.cli import (announce, markdown_table, parser, path_of, positive, provenance, start,
-                         write_text)
-from support.training import (autocast, has_bfloat16, learning_layout, make_optimizer,
+                         write_json, write_text)
+from support.training import (add_device_flag, autocast, learning_layout, make_optimizer,
                               pick_device, place, to_float, to_uint8)
 
 ROOT = Path(__file__).resolve().parents[1]
+FRAMES = 48                                          # full-size ones, of each domain
 
 
 # ------------------------------------------------------------------------------ the clock
@@ -276,11 +276,7 @@ def bench_gan(table, args):
                   gan_step(size, n, device, layout=torch.contiguous_format), "channels first")
     half = gan_step([size[0] // 2, size[1] // 2], n, device)
     table.compare("GAN step, a quarter of the pixels", half, step, "the whole; 4 is linear")
-    if device.type == "cuda" or has_bfloat16():
-        table.compare("GAN step, bfloat16", gan_step(size, n, device, "bfloat16"), step,
-                      "float32")
-    else:                                        # 4 to 20 times slower, once seen, is enough
-        table.absent("GAN step, bfloat16", "this CPU has no bfloat16")
+    table.compare("GAN step, bfloat16", gan_step(size, n, device, "bfloat16"), step, "float32")
     if device.type == "cuda":
         table.compare("GAN step, tf32", gan_step(size, n, device, "tf32"), step, "float32")
         table.compare("GAN step, bfloat16 and --compile",
@@ -322,17 +318,14 @@ def bench_inference(table, args):
 
 
 def bench_metrics(table, args):
-    """SSIM and FID against their usual forms; first of all, the values are equal."""
+    """SSIM and FID against their usual forms; that the values are equal: tests/test_bench.py."""
     x, y = (images(n, args.size, table.device)[:64].float() for n in (64, 65))
-    torch.testing.assert_close(ssim(x, y), direct_ssim(x, y), atol=1e-4, rtol=0)
     table.compare("SSIM, 64 pairs", lambda: ssim(x, y), lambda: direct_ssim(x, y),
                   "the direct 11 x 11 form", 64)
     cpu, random = torch.device("cpu"), torch.Generator().manual_seed(0)
-    for n in (200, args.most_features):
+    for n in (200, 5000):
         a, b = (torch.rand(n, 2048, generator=random, dtype=torch.float64) for _ in range(2))
-        value = []
-        slow = seconds(lambda: value.append(sqrtm_fid(a, b)), cpu)
-        assert abs(fid(a, b) - value[0]) < 1e-3 * abs(value[0])
+        slow = seconds(lambda: sqrtm_fid(a, b), cpu)
         (times,) = in_turns([lambda: fid(a, b)], cpu, table.repeats)
         table.add(f"FID distance, N = {n}", times, statistics.median(times), "s",
                   [slow / t for t in times], "scipy's sqrtm (once)")
@@ -341,7 +334,7 @@ def bench_metrics(table, args):
 def bench_prepare(table, args):
     """prepare.py on full-size PNGs, through its command line, on two cores and on one."""
     with tempfile.TemporaryDirectory() as folder:
-        draw_raw(Path(folder) / "raw", args.frames)
+        draw_raw(Path(folder) / "raw", FRAMES)
         raw = [f"{folder}/raw/images", f"{folder}/raw/labels"]
 
         def run(workers):
@@ -350,7 +343,7 @@ def bench_prepare(table, args):
                             *raw, "--test", "1", "--out", out, "--workers", str(workers)],
                            check=True, capture_output=True)
         table.compare("prepare.py, full-size PNG, --workers 2", lambda: run(2), lambda: run(1),
-                      "--workers 1", 2 * args.frames)
+                      "--workers 1", 2 * FRAMES)
 
 
 def machine():
@@ -369,14 +362,12 @@ SECTIONS = {"gan": bench_gan, "networks": bench_networks, "metrics": bench_metri
 
 def arguments():
     p = parser(__doc__)
-    p.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
+    add_device_flag(p)
     p.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME",
                    help="sections")
     p.add_argument("--size", type=positive(int), nargs=2, default=[80, 160], metavar=("H", "W"))
     p.add_argument("--batch-size", type=positive(int), default=4, help="images a batch")
     p.add_argument("--repeats", type=positive(int), default=3, help="of which the median is shown")
-    p.add_argument("--frames", type=positive(int), default=48, help="full-size frames a domain")
-    p.add_argument("--most-features", type=positive(int), default=5000, help="N of the second FID")
     p.add_argument("--json", type=path_of, help="write the table and every time to this file")
     return p.parse_args()
 
@@ -389,8 +380,8 @@ def main():
     for name in args.only:
         SECTIONS[name](table, args)
     if args.json:
-        write_text(args.json, json.dumps(
-            {"rows": table.rows, "machine": machine(), **provenance(args, device)}, indent=1))
+        write_json(args.json, {"rows": table.rows, "machine": machine(),
+                               **provenance(args, device)})
         write_text(args.json.with_suffix(".md"), f"{machine()}, {device}, torch "
                    f"{torch.__version__}, {args.size[0]} x {args.size[1]}, batch "
                    f"{args.batch_size}\n\n{table.markdown()}\n")

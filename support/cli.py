@@ -8,9 +8,7 @@
     markdown_table
 """
 import argparse
-import errno
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -40,15 +38,14 @@ class UserError(Exception):
     to do; `start` prints it as one line."""
 
 
-BARS = []                                            # closed before an error is printed
+BARS = []                                            # closed before the last line is printed
 
 
 def start(main):
     """Call a script's main(); turn what a user can mend into one line and status 2: a UserError,
     a file that cannot be read or written, memory that does not suffice."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):           # what cannot print ± prints ?
-            stream.reconfigure(errors="replace")
+        stream.reconfigure(errors="replace")         # what cannot print ± prints ?
     try:
         main()
         sys.stdout.flush()
@@ -70,6 +67,8 @@ def start(main):
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:                # with a text: a training that has saved
+        for bar in BARS:
+            bar.close()
         advice = f" {stop}; --resume goes on" if str(stop) else "; run it again to go on"
         print(f"\n{Path(sys.argv[0]).name}: stopped{advice}", file=sys.stderr)
         sys.exit(130)
@@ -148,13 +147,7 @@ def in_parallel(function, jobs, workers):
     workers = min(workers, len(jobs), 61 if sys.platform == "win32" else len(jobs))
     try:
         with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
-            try:
-                some = min(8, -(-len(jobs) // (4 * workers)))        # at a time, to each
-                yield from progress(pool.map(function, jobs, chunksize=some), total=len(jobs),
-                                    unit="image")
-            except GeneratorExit:                    # nobody wants the rest
-                pool.shutdown(cancel_futures=True)
-                raise
+            yield from progress(pool.map(function, jobs), total=len(jobs), unit="image")
     except BrokenProcessPool:
         raise UserError(f"--workers {workers}: one of them was killed, most likely for want of "
                         "memory; use fewer, or a smaller --size") from None
@@ -190,18 +183,10 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
-def plain(value):
-    """Plain values as JSON has them: null for a number that is not finite."""
-    if isinstance(value, dict):
-        return {key: plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_json(path, record, indent=1):
-    """Write plain values as JSON, whole or not at all."""
-    write_text(path, json.dumps(plain(record), indent=indent, allow_nan=False))
+    """Write plain values and paths as JSON, whole or not at all; null for what is not finite."""
+    record = json.loads(json.dumps(record, default=os.fspath), parse_constant=lambda _: None)
+    write_text(path, json.dumps(record, indent=indent))
 
 
 def write_png(path, image):
@@ -213,11 +198,9 @@ def write_png(path, image):
 def writable(folder):
     """Make a folder for results, or fail now rather than after the hours that lead to them."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    tempfile.TemporaryFile(dir=folder).close()
 
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES}
 LOCKS = []                                           # open files: closing one frees its lock
 
 
@@ -237,8 +220,6 @@ def lock(folder):
         raise UserError(f"{folder}: another process is writing there; wait for its end or choose "
                         "another folder") from None
     except OSError as error:                         # NFS, Lustre, gVisor and others
-        if error.errno not in NO_LOCKS:
-            raise
         print(f"warning: {folder}: this file system has no locks ({error.strerror}), so nothing "
               "keeps a second process out", file=sys.stderr)
 
@@ -259,11 +240,8 @@ def announce(script, device, seed, reads, writes, note=""):
 def provenance(args, device):
     """What a report must say so that its numbers can be made again: plain values."""
     import torch
-    settings = {}
-    for flag, value in vars(args).items():
-        settings[flag] = str(value) if isinstance(value, Path) else value
     return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "settings": settings,
+            "settings": dict(vars(args)),
             "device": f"{device}, {torch.get_num_threads()} threads",
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "torchvision": version("torchvision"), "numpy": version("numpy"),

@@ -9,7 +9,7 @@ from conftest import call
 from models import Discriminator, Refiner, fid, ssim
 from study import bench
 
-TINY = ["--size", 24, 48, "--batch-size", 2, "--repeats", 1, "--most-features", 64]
+TINY = ["--size", 24, 48, "--batch-size", 2, "--repeats", 1]
 
 
 @pytest.mark.parametrize("section", ["gan", "networks"])

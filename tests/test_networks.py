@@ -249,8 +249,9 @@ def test_inception_refuses_a_missing_file_and_an_unknown_layer(images, tmp_path)
 
 @pytest.mark.parametrize("error", [
     urllib.error.URLError("no network"), RuntimeError("invalid hash value")])
-def test_failed_download_names_the_other_choices(monkeypatch, error):
+def test_failed_download_names_the_other_choices(tmp_path, monkeypatch, error):
     """Without a network the default cannot work; the message says what can."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     def fail(*_, **__):
         raise error
     monkeypatch.setattr(torchvision.models.Inception_V3_Weights, "get_state_dict", fail)
@@ -393,16 +394,12 @@ def test_bfloat16_changes_the_arithmetic_not_the_interface():
         assert torch.equal(plain(x), wanted)
 
 
-@pytest.mark.parametrize("mkldnn, avx512_bf16, wanted", [
-    (False, False, False), (True, False, False), (True, True, True)])
-def test_slow_bfloat16_is_known(mkldnn, avx512_bf16, wanted, monkeypatch, capsys):
-    """AVX2, AVX512 without BF16, AVX512 with it: only the last has it, the others are warned."""
-    monkeypatch.setattr(training.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(training.torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16,
-                        raising=False)
-    monkeypatch.setattr(training.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: mkldnn)
-    pick_device("cpu", "bfloat16")
-    assert training.has_bfloat16() == wanted
-    assert capsys.readouterr().err.count("no bfloat16 arithmetic") == (not wanted)
-    pick_device("cpu")
-    assert not capsys.readouterr().err
+@pytest.mark.parametrize("seconds, asked, said", [
+    (0.1, "float32", "2.00"), (0.1, "bfloat16", "2.00"), (1, "float32", ""), (1, "bfloat16", "0.20")])
+def test_the_speed_of_bfloat16_is_said(seconds, asked, said, monkeypatch):
+    """On a CPU, measured: where it is asked for, and where it is worth a try."""
+    ticks = iter([0, 0.2] * 4 + [0, seconds] * 4)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(ticks))
+    assert training.precision_note(torch.device("cuda"), asked) == ""
+    note = training.precision_note(torch.device("cpu"), asked)
+    assert note == (said and f"; --precision bfloat16 is {said} times as fast here as float32")
