@@ -24,19 +24,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 from support.cli import (UserError, lock, natural, parser, path_of, positive, start, write_json,
                          write_text)
-from support.training import add_inception_flag
+from support.training import add_inception_flag, add_precision_flag
 
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN = ["synthetic", "real"]                                # made by prepare.py for all seeds
 
-# The rows, in the order of the work. "says": what was changed. "pretrain", "gan", "refine": flags
-# added to those of pretrain.py, train_gan.py, refine.py. "method": simgan, if not ours.
-# "checkpoint": what refine.py takes, if not average.pt; "of": of that row's training, which is
-# not done again. "filter": images made by that module. "segment": False, if no network is
-# trained on the row. To add a row, add a line.
+# The rows, in the order of the work. "says": what was changed. "pretrain", "gan": flags added to
+# those of pretrain.py, train_gan.py. "method": simgan, if not ours. "checkpoint": what refine.py
+# takes, if not average.pt; "of": of that row's training, which is not done again. "filter": images
+# made by that module. "segment": False, if no network is trained on the row.
 ROWS = {
     "synthetic": {"says": "images as they are rendered"},
     "real": {"says": "real images: what is aimed at"},
@@ -98,7 +98,7 @@ def commands_of_row(name, seed, folder, args):
     trained = row.get("of", name)
     checkpoint = f"{folder}/runs/{trained}/{row.get('checkpoint', 'average.pt')}"
     refine = ["refine.py", "--checkpoint", checkpoint, "--data", f"{folder}/data/synthetic",
-              "--out", out, *shlex.split(row.get("refine", ""))]
+              "--out", out]
     first = same_pretraining(trained)
     return [(f"{first}-pretrain", pretraining(first, seed, folder, args)),
             (f"{trained}-gan", adversarial(trained, seed, folder, args)),
@@ -113,7 +113,7 @@ def segmentations(seed, args):
         wanted += [("unet", epochs, rows) for epochs in args.curve]
     deeplab = [name for name in args.deeplab if name in rows]
     if deeplab:
-        wanted.append(("deeplabv3plus", args.deeplab_epochs, deeplab))
+        wanted.append(("deeplabv3plus", args.epochs, deeplab))
     return wanted
 
 
@@ -156,20 +156,14 @@ def make_row(name, seed, folder, args, history):
         resume = False
         if command[0] in CHECKPOINTS:
             trained = Path(command[command.index("--run") + 1])
-            if command[0] == "train_gan.py":
-                take_pretraining(folder / "runs" / same_pretraining(trained.name), trained)
+            source = folder / "runs" / same_pretraining(trained.name)
+            if source != trained:                              # only train_gan.py's may differ
+                trained.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source / "pretrain.pt", trained)   # half a copy is made again
             resume = (trained / CHECKPOINTS[command[0]]).exists()
         history.append(shlex.join(command))
         once(folder / "stamps" / step, command, "\n".join(history), resume)
     return history
-
-
-def take_pretraining(source, target):
-    """Copy pretrain.pt to where train_gan.py looks for it, whole or not at all."""
-    if source != target:
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / "pretrain.pt", target / "pretrain.pt.tmp")
-        os.replace(target / "pretrain.pt.tmp", target / "pretrain.pt")
 
 
 def run_seed(seed, data, history, args):
@@ -207,27 +201,21 @@ def prepare(args):
 # ----------------------------------------------------------------------------- the record
 
 
-def end_of_log(path, last=25):
-    """The means of the last rows of a log.csv: {column: number}, and how many steps it has."""
+def end_of_log(path):
+    """The means of the last 25 rows of a log.csv: {column: number}, and how many steps it has."""
     with open(path, encoding="utf-8") as file:
         log = list(csv.DictReader(file))
-    means = {"steps": len(log)}
-    for column in COLUMNS:
-        values = [float(row[column]) for row in log[-last:]]
-        means[column] = sum(values) / len(values)
-    return means
+    means = {column: fmean(float(row[column]) for row in log[-25:]) for column in COLUMNS}
+    return {"steps": len(log), **means}
 
 
 def numbers_of_segment(path):
-    """What is kept of a segment_NETWORK.json: scores and confusion matrices on every domain."""
+    """What is kept of a segment_NETWORK.json: confusion matrices, of which all scores are made."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    (seed, by_row), = found["scores"].items()
+    (by_row,) = found["confusion"].values()                   # of one seed
     tested = {}
     for row, by_domain in by_row.items():
-        tested[row] = {}
-        for domain, scored in by_domain.items():
-            tested[row][domain] = {"mIoU": scored["mIoU"], "accuracy": scored["accuracy"],
-                                   "confusion": found["confusion"][seed][row][domain]}
+        tested[row] = {domain: {"confusion": matrix} for domain, matrix in by_domain.items()}
     return {"network": found["network"], "epochs": found["epochs"], "images": found["images"],
             "tested": tested}
 
@@ -255,7 +243,7 @@ def write_record(args):
         if list(folder.glob("results/*-epochs/segment_*.json")):
             seeds[folder.name.removeprefix("seed")] = numbers_of_seed(folder)
     record = {"name": args.name, "settings": settings,
-              "epochs": {"unet": args.epochs, "deeplabv3plus": args.deeplab_epochs},
+              "epochs": {"unet": args.epochs, "deeplabv3plus": args.epochs},
               "changes": {"network": "unet", "epochs": args.epochs},
               "rows": {name: ROWS[name] for name in args.rows}, "seeds": seeds}
     path = args.results / f"{args.name}.json"
@@ -278,22 +266,19 @@ def arguments():
     p.add_argument("--pretrain", default="--batch-size 4", help="flags of pretrain.py, every row")
     p.add_argument("--gan", default="--steps 2000 --batch-size 4 --save-every 100",
                    help="flags of train_gan.py, every row")
-    p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32",
-                   help="of the networks")
-    p.add_argument("--epochs", type=positive(int), default=30, help="of U-Net")
+    add_precision_flag(p)
+    p.add_argument("--epochs", type=positive(int), default=30, help="of the segmenters")
     p.add_argument("--curve", type=positive(int), nargs="*", default=[4, 8, 15], metavar="N",
                    help="further numbers of epochs of U-Net, seed 0 only")
     p.add_argument("--deeplab", choices=ROWS, nargs="*", metavar="ROW",
                    default=["synthetic", "simgan", "ours", "real"],
                    help="the rows that DeepLabV3+ learns from; none if empty")
-    p.add_argument("--deeplab-epochs", type=positive(int), help="(default: as --epochs)")
     p.add_argument("--base", type=path_of, help="where the runs lie (default: runs/study/NAME)")
     p.add_argument("--results", type=path_of, default=ROOT / "study/results", help="of the record")
     args = p.parse_args()
     if bool(args.prepare) == bool(args.data):
         p.error("give --prepare FLAGS or --data FOLDER, one of the two")
     args.base = args.base or Path("runs/study") / args.name
-    args.deeplab_epochs = args.deeplab_epochs or args.epochs
     return args
 
 
