@@ -3,7 +3,6 @@
 # make bench                                 how fast it is here: results/bench.{md,json}
 # make paper GTA5=~/gtav CITYSCAPES=~/cs     the paper, all stages, both methods and networks
 # make study GTA5=... CITYSCAPES=...         does it work? every row of it, three seeds
-# make clean-demo                            remove demo/
 # make stages BASE=... PREPARE=... ...       the chain with settings of your own
 #
 # Every target first makes .venv and installs requirements.txt into it. A stage leaves a stamp
@@ -12,8 +11,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test bench study paper stages clean-demo
-.DELETE_ON_ERROR:
+.PHONY: demo test bench study paper stages
 
 test: .venv/installed                     # in two halves, side by side
 	@log=$$(mktemp); $(PY) -m pytest -q tests/test_[l-z]*.py > $$log 2>&1 & other=$$!; \
@@ -47,9 +45,6 @@ study: .venv/installed
 	  --prepare "--gta5 '$(GTA5)' --cityscapes '$(CITYSCAPES)' $(PREPARE)"
 	$(PY) -m study.report $(NAME)
 
-clean-demo:
-	rm -rf demo
-
 # ------------------------------------------------------------------ the chain of the stages
 
 NAME ?= paper-size
@@ -66,7 +61,7 @@ $(STAMPS)/prepare: | .venv/installed
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/pretrain-%: $(STAMPS)/prepare
-	$(PY) pretrain.py --method $* --data $(DATA) --run $(RUNS)/$* --inception $(INCEPTION) \
+	$(PY) pretrain.py --method $* --data $(DATA) --run $(RUNS)/$* --inception '$(INCEPTION)' \
 	  $(PRETRAIN) $(call go-on,$(RUNS)/$*/pretrain.pt)
 	@touch $@
 
@@ -87,7 +82,7 @@ $(STAMPS)/refine-pretrained: $(STAMPS)/pretrain-ours
 REFINED := $(STAMPS)/refine-pretrained $(STAMPS)/refine-ours $(STAMPS)/refine-simgan
 
 $(STAMPS)/evaluate: $(REFINED)
-	$(PY) evaluate.py --data $(DATA) --out $(BASE)results --inception $(INCEPTION)
+	$(PY) evaluate.py --data $(DATA) --out $(BASE)results --inception '$(INCEPTION)'
 	@touch $@
 
 $(STAMPS)/segment: $(REFINED)

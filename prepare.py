@@ -256,9 +256,8 @@ def make_domain(domain, parts, args):
         for kind in ("images", "labels"):
             (folder / kind).mkdir(parents=True, exist_ok=True)
         frames = {frame.name: frame for frame in part.frames if frame not in tried}
-        wanted = len(frames) if part.wanted is None else part.wanted
         make = partial(make_toy if args.demo else make_frame, folder=folder, args=args)
-        made = usable(make, list(frames.values()), wanted, args.workers)
+        made = usable(make, list(frames.values()), part.wanted or len(frames), args.workers)
         done[split] = {name: one for name, one in made.items() if not one.why}
         skipped += [(frames[name].image, one.why) for name, one in made.items() if one.why]
         tried.update(frames[name] for name in made)
@@ -278,12 +277,11 @@ def make_domain(domain, parts, args):
 
 def summarise(done, parts, found, record, args):
     """Print frames per domain and split, the share of pixels per class, and what was skipped."""
-    totals, counts = {}, {}
+    totals = {}
     for key, made in done.items():
-        counts[key] = str(len(made))
         totals[key] = sum(one.pixels for one in made.values())
     print(f"{'frames':15s}" + "".join(f"{'/'.join(key):>18s}" for key in done))
-    print(" " * 15 + "".join(f"{count:>18s}" for count in counts.values()))
+    print(" " * 15 + "".join(f"{len(made):18d}" for made in done.values()))
     classes = [row[0] for row in args.table] + ["(void)"]
     labelled = any(total.any() for total in totals.values())
     for i, name in enumerate(classes if labelled else []):

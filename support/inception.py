@@ -91,4 +91,3 @@ def calibrate_batchnorm(net, images):
             module.momentum = None                            # None: the plain average
     net.train()
     net(resize_299(images[::-(-len(images) // 16)]))
-    net.eval()

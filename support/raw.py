@@ -162,8 +162,6 @@ def find_folder(images, labels, ids, short=False):
     becomes a_b, or b if `short`."""
     pictures, unread = pictures_below(images)
     if labels:
-        if not labels.is_dir():
-            raise UserError(f"{labels}: no such folder of labels")
         pictures = [file for file in pictures if labels not in file.parents or labels == images]
     if not pictures:
         raise UserError(f"{images}: no images that Pillow reads in or below it")
@@ -263,10 +261,10 @@ def read_ids(path):
         if image.mode == "L" and "'L;" in str(image.tile):     # 4 bits: Pillow stretches them
             raise ValueError("a label of less than 8 bits a pixel, wanted 8")
         ids = np.array(image)
-        colours = np.zeros((256, 3), np.uint8) if image.mode == "P" else None
+        colours = None
         if image.mode == "P":
             palette = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
-            colours[:len(palette)] = palette
+            colours = np.pad(palette, ((0, 256 - len(palette)), (0, 0)))
     if ids.ndim == 3:
         if (ids != ids[..., :1]).any():
             raise ValueError("label mode RGB, a picture of colours, wanted ids")

@@ -414,7 +414,7 @@ BOTH = "--synthetic ok --real ok --crop none --size 24 48 --test 2"
     ("--synthetic missing --real ok --test 1", ["missing", "no such folder"]),
     ("--synthetic ok --real empty --test 1", ["empty", "no images"]),
     ("--synthetic file --real ok --test 1", ["file", "folder"]),
-    ("--synthetic ok missing --real ok --test 1 --crop none", ["missing", "label"]),
+    ("--synthetic ok missing --real ok --test 1 --crop none", ["missing", "no such folder"]),
     ("--gta5 ok --cityscapes ok", ["ok", "images/"]),
     ("--gta5 missing --cityscapes ok", ["missing", "images/"]),
     ("--synthetic ok --cityscapes ok --test 1", ["ok", "leftImg8bit/train/"]),
