@@ -223,8 +223,8 @@ def draw_table7(path, data, pictures, table):
     training domain, a training image and what each network predicts: pictures, {network: {domain:
     predictions on the real test images, [N, H, W]}}."""
     images, labels = data["real", "test"]
-    kinds = torch.tensor([len(label.unique()) for label in labels])
-    shown = kinds.argsort(descending=True, stable=True)[:3]
+    kinds = [len(label.unique()) for label in labels]
+    shown = sorted(range(len(kinds)), key=kinds.__getitem__, reverse=True)[:3]
     rows = {"real test image": images[shown], "ground truth": colour(labels[shown], table)}
     for domain in next(iter(pictures.values())):
         rows[f"{domain}: a training image"] = data[domain, "train"][0][:len(shown)]

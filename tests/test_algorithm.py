@@ -678,7 +678,8 @@ def test_inception_sees_299_pixels_in_its_range_and_order(size):
 # ---------------------------------------------------------------------- 6. the paper's values
 
 DEFAULTS = {
-    "prepare": {"--size": "[80, 160]", "--crop": "200 600 400 600 of GTA-V and Cityscapes, else none",
+    "prepare": {"--size": "[80, 160]",
+                "--crop": "200 600 400 600 of GTA-V and Cityscapes, else none",
                 "--test": "200, or a fifth of all, 3 at least, if that is less"},
     "pretrain": {"--steps": "1200", "--d-steps": "400", "--lr": "0.0001", "--d-lr": "0.001",
                  "--d-stride": "3"},
@@ -719,11 +720,17 @@ def test_table2_shows_the_papers_numbers(table2):
     assert {name: rows[name] for name in TABLE2} == TABLE2
 
 
-def test_tables_3_to_6_show_the_papers_numbers(streets, tmp_path):
+def test_tables_3_to_6_show_the_papers_numbers(streets, tmp_path, monkeypatch):
     """In the cell of their training and test images; "refined" is SimGAN's in SimGAN's row."""
+    drawn = []
+    monkeypatch.setattr(segment, "save_matrices", lambda *what: drawn.append(what))
     scores = {"mIoU": 0.5, "accuracy": 50.0, "IoU": [0.5] * 19, "classes": 19}
     tested = {row: {column: scores for column in CALLED} for row in CALLED}
     args = SimpleNamespace(epochs=1, batch_size=2, lr=1, seeds=[0], table=TABLE, out=tmp_path)
+    rows = list(CALLED)[:2]
+    segment.report("deeplabv3plus", {0: tested}, rows, list(CALLED), 2, args)
+    means = {"mIoU": [[0.5] * 4] * 2, "pixel accuracy (%)": [[50.0] * 4] * 2}
+    assert drawn == [(tmp_path / "segment_deeplabv3plus.png", means, rows, list(CALLED))]
     segment.report("deeplabv3plus", {0: tested}, list(CALLED), list(CALLED), 2, args)
     for (network, wanted), file in zip(TABLES.items(), (
             streets / "results/segment_unet.md", tmp_path / "segment_deeplabv3plus.md")):
@@ -736,3 +743,22 @@ def test_tables_3_to_6_show_the_papers_numbers(streets, tmp_path):
                 cells = [row[head.index(d)] for d in ("synthetic", refined, "real")]
                 numbers[row[0]].append(" ".join(re.findall(r"\((.*?)\)", " ".join(cells))))
         assert {name: tuple(found) for name, found in numbers.items()} == wanted, network
+
+
+def test_table7_shows_the_test_images_with_most_classes(tmp_path, monkeypatch):
+    """Under each its ground truth and what was predicted, in Cityscapes' colours."""
+    drawn = {}
+    monkeypatch.setattr(segment, "save_grid", lambda _, rows: drawn.update(rows))
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 2, 4)
+    labels = torch.zeros(5, 2, 4, dtype=torch.uint8)
+    labels[1, 0, 1], labels[3, 0, :3], labels[4, 1, 2] = 7, torch.tensor([1, 2, 255]), 8
+    data = {("real", "test"): (images, labels), ("ours", "train"): (images + 9, labels)}
+    segment.draw_table7(tmp_path / "a.png", data, {"unet": {"ours": labels.flip(-1)}}, TABLE)
+    shown = [3, 1, 4]                                 # 4, 2 and 2 classes, in order among equals
+    assert list(drawn) == ["real test image", "ground truth", "ours: a training image",
+                           "ours: U-Net"]
+    image, truth, training, predicted = drawn.values()
+    assert torch.equal(image, images[shown]) and torch.equal(training, images[:3] + 9)
+    for i, number in enumerate(shown):
+        wanted = torch.from_numpy(PALETTE[labels[number]]).permute(2, 0, 1)
+        assert torch.equal(truth[i], wanted) and torch.equal(predicted[i], wanted.flip(-1))
