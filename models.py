@@ -35,8 +35,7 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(maps, maps, 4, padding=2, padding_mode="reflect")
 
     def forward(self, x):
-        y = self.conv2(F.relu(self.conv1(x), inplace=True))
-        return F.relu(y.add_(x), inplace=True)         # x + y, in place
+        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
 
 
 class Refiner(nn.Module):
