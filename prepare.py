@@ -44,7 +44,6 @@ TABLE = (
 )
 CLASSES = [name for name, _, _ in TABLE]
 PALETTE = palette_of(TABLE)                          # uint8 [256, 3]; void (255) is black
-PAPER_CROP = ["200", "600", "400", "600"]            # top, left, height, width (section 4.1)
 # IGNORE (255) is void: in no loss and in no score.
 
 
@@ -331,7 +330,7 @@ def arguments():
 def check_flags(p, args):
     """Refuse flags that do not fit each other; make --crop numbers."""
     if not args.crop:
-        args.crop = PAPER_CROP if args.gta5 or args.cityscapes else ["none"]
+        args.crop = "200 600 400 600".split() if args.gta5 or args.cityscapes else ["none"]
     if args.crop == ["none"]:
         args.crop = None
     elif len(args.crop) == 4 and all(n.isdecimal() for n in args.crop) \

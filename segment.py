@@ -291,16 +291,11 @@ def load_domains(args):
             if (data[d, split][1] == IGNORE).all():
                 raise UserError(f"{folder}/labels: every pixel is void, so nothing can be learned "
                                 "or tested there; see what prepare.py says of these labels")
-        data[d, "train"] = choose(data[d, "train"], count, args.seed)
+        # The same choice for sets of one size: the refined domains keep synthetic's order.
+        images, labels = data[d, "train"]
+        order = torch.from_numpy(np.random.default_rng(args.seed).permutation(len(images))[:count])
+        data[d, "train"] = images[order], labels[order]
     return data, domains, count
-
-
-def choose(data, count, seed):
-    """The first `count` of (images, labels) in a seeded order, the same one for sets of one size:
-    the refined domains keep synthetic's names and order."""
-    images, labels = data
-    order = np.random.default_rng(seed).permutation(len(images))[:count]
-    return images[torch.from_numpy(order)], labels[torch.from_numpy(order)]
 
 
 def train_and_test(network, data, rows, columns, args, device):
