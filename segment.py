@@ -310,8 +310,7 @@ def train_and_test(network, data, rows, columns, args, device):
                 images, labels = data[d, "test"]
                 predicted = predict(net, images, args, device)
                 found[d] = confusion(labels, predicted, len(args.table))
-                if d == "real":
-                    pictures.setdefault(row, predicted)
+            pictures.setdefault(row, predicted)               # of real: the last column
             by_seed[seed][row] = {d: scores(m) for d, m in found.items()}
             matrices[seed][row] = {d: m.tolist() for d, m in found.items()}
     return by_seed, matrices, pictures
