@@ -27,12 +27,10 @@ CLAIMS = [("training on refined images is better than on synthetic ones", "ours"
           ("the same, refined as printed", "as-printed", "synthetic"),
           ("ours is better than SimGAN: the perceptual pre-training helps", "ours", "simgan"),
           ("ours is better than matched colours: it takes a GAN", "ours", "colour")]
-PAIRS = [("as-printed", "ours"), ("finer-d", "ours"), ("finer-d", "simgan"),
-         ("finer-d", "colour"), ("finer-d", "finer-d-simgan")]      # beside those of the claims
 NOTE = ("± is the standard deviation over the seeds, [ ] a 95 % interval of their mean (Student's "
         "t); differences are paired by seed.")
-CHANCE = ("± is what chance explains (95 %), from the spread of all rows together; bold is more. "
-          "Of twenty such numbers chance makes about one bold.")
+CHANCE = ("± is what chance explains (95 %), from the spread of all rows together; a bold number is "
+          "larger. Of twenty such numbers chance makes about one bold.")
 NO_CHANGES = ["synthetic", "real", "colour", "pretrained", "ours"]     # all others change ours
 
 
@@ -241,23 +239,11 @@ def real_table(record, by_seed):
             cells += [with_spread(on_real(by_seed, row, metric), metric), gain, gap]
         cells.append(with_spread(on_real(by_seed, row, "shared"), "shared"))
         rows.append(cells)
-    head = ["trained on", "mIoU on real", "- synthetic", "gap closed, %", "accuracy on real, %",
-            "- synthetic", "gap closed, %", f"mIoU of {len(shared_classes(record))} classes"]
+    head = ["trained on", "mIoU on real", "minus synthetic", "gap closed, %", "accuracy on real, %",
+            "minus synthetic", "gap closed, %", f"mIoU of {len(shared_classes(record))} classes"]
     if len(shared_classes(record)) == len(CLASSES):           # the last column says nothing new
         head, rows = head[:-1], [cells[:-1] for cells in rows]
     return markdown_table(head, rows)
-
-
-def pairs_table(by_seed):
-    """Rows minus other rows than synthetic."""
-    rows = []
-    for one, other in PAIRS:
-        found = [difference(by_seed, one, other, metric) for metric in ("mIoU", "accuracy")]
-        if found[0]:
-            rows.append([f"{one} - {other}", with_interval(found[0], 3, "+"),
-                         with_interval(found[1], 1, "+")])
-    head = ["difference [95 %]", "mIoU on real", "accuracy on real, %"]
-    return markdown_table(head, rows) if rows else ""
 
 
 def segment_tables(record, network, by_seed):
@@ -355,8 +341,8 @@ def changes_table(record):
             else:
                 cells.append(change_cell(found[metric].get(row), DIGITS[metric]))
         rows.append(cells)
-    return markdown_table(["what was changed", "seeds", "mean abs(R(x) - x)", "FID, - ours",
-                           "mIoU on real, - ours", "accuracy on real, %, - ours"], rows)
+    return markdown_table(["what was changed", "seeds", "mean abs(R(x) - x)", "FID minus ours",
+                           "mIoU on real minus ours", "accuracy on real, %, minus ours"], rows)
 
 
 # ------------------------------------------------------------------------------ the report
@@ -365,8 +351,8 @@ def changes_table(record):
 def network_text(record, network, by_seed):
     """The part of the report about one segmentation network."""
     title = f"## {NETWORKS[network]}, {record['epochs'][network]} epochs, seed {', '.join(by_seed)}"
-    return [title, real_table(record, by_seed), pairs_table(by_seed),
-            *segment_tables(record, network, by_seed), epochs_table(record, network)]
+    return [title, real_table(record, by_seed), *segment_tables(record, network, by_seed),
+            epochs_table(record, network)]
 
 
 def text_of(record):
