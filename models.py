@@ -218,7 +218,7 @@ def fid(features_a, features_b):
     distance = (a.mean(0) - b.mean(0)).square().sum()
     a = (a - a.mean(0)) / (len(a) - 1) ** 0.5                  # now S1 = a'a and S2 = b'b
     b = (b - b.mean(0)) / (len(b) - 1) ** 0.5
-    trace_sqrt = trace_sqrt_nuclear if min(len(a), len(b)) <= 2000 else trace_sqrt_eigen
+    trace_sqrt = trace_sqrt_nuclear if len(a) <= 2000 else trace_sqrt_eigen
     value = distance + a.square().sum() + b.square().sum() - 2 * trace_sqrt(a, b)
     return max(value.item(), 0.0)                              # -1e-13 on equal sets
 

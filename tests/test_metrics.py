@@ -121,9 +121,10 @@ def random_features(n, d, seed):
     return torch.randn(n, d, generator=g).double() @ mix + torch.randn(d, generator=g).double()
 
 
-def test_fid_with_equal_covariance_is_the_mean_gap():
+@pytest.mark.parametrize("n", [50, 2])
+def test_fid_with_equal_covariance_is_the_mean_gap(n):
     """Heusel et al. 2017: with S1 = S2 the trace term is 0 and |m1 - m2|^2 is left."""
-    a = random_features(50, 5, 0)
+    a = random_features(n, 5, 0)
     shift = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0]).double()
     assert fid(a, a + shift) == pytest.approx(14.25, rel=1e-10)
 
@@ -231,10 +232,11 @@ def jackknife(metric, *sets, groups):
 
 
 def test_leave_out_leaves_out_one_group_of_every_set():
-    """Element k is in group k mod 3, in both sets."""
+    """Element k is in group k mod 3, in both sets; 20 groups if not said."""
     a, b = torch.arange(7.0), torch.arange(3.0) * 10
     seen = leave_out(lambda x, y: (x.sum() + y.sum()).item(), a, b, groups=3)
     assert seen.tolist() == [51 - (0 + 3 + 6) - 0, 51 - (1 + 4) - 10, 51 - (2 + 5) - 20]
+    assert leave_out(len, torch.zeros(50)).tolist() == [47] * 10 + [48] * 10
 
 
 def test_jackknife_of_pairs_is_the_paired_standard_error():
