@@ -49,8 +49,8 @@ def arguments():
     args = p.parse_args()
     if (args.images or args.checkpoint) and not args.out:
         p.error("--images and --checkpoint want --out, a folder for what is refined")
-    if args.size and (not args.images or min(args.size) < 3):
-        p.error("--size goes with --images and is 3 x 3 at least")
+    if args.size and (not args.images or min(args.size) < 4):
+        p.error("--size goes with --images and is 4 x 4 at least")
     args.checkpoint = args.checkpoint or Path("runs") / args.method / "average.pt"
     args.out = args.out or Path(normpath(args.data / ".." / args.method))
     return args
@@ -136,8 +136,8 @@ def refine_tiles(R, picture, device):
 def refine_picture(R, file, size, device):
     """R of a file as a PIL image of the same size; refined at `size` (H, W), if given."""
     picture = read_rgb(file)
-    if min(picture.size) < 3:
-        raise ValueError("is smaller than 3 x 3 pixels")
+    if min(picture.size) < 4:
+        raise ValueError("is smaller than 4 x 4 pixels")
     small = picture.resize(size[::-1], Image.BILINEAR) if size else picture
     refined = Image.fromarray(refine_tiles(R, np.array(small), device))
     return refined.resize(picture.size, Image.BICUBIC) if size else refined

@@ -1,4 +1,5 @@
 """Shared by the tests: run a script as a user does, and draw tiny raw data sets."""
+import json
 import multiprocessing
 import os
 import resource
@@ -72,9 +73,7 @@ class Command:
             time.sleep(0.002)
 
 
-def start(script, *args, cwd, megabytes=None):
-    """Start `python script args` in `cwd`; returns a Command."""
-    return Command(script, *args, cwd=cwd, megabytes=megabytes)
+start = Command
 
 
 def call(script, *args, cwd, status=0, megabytes=None):
@@ -95,29 +94,45 @@ def call_all(*commands, cwd):
         return list(pool.map(lambda command: call(*command, cwd=cwd), commands))
 
 
-def draw_frame(rng, size, tint):
-    """A street of four bands (sky, building, road with a car): RGB and labelIds, (H, W)."""
-    height, width = size
-    label = np.full(size, 11, np.uint8)                                  # building
-    label[:height // 4] = 23                                             # sky
-    label[height // 2:] = 7                                              # road
-    x = rng.integers(0, width // 2)
-    label[height // 2:3 * height // 4, x:x + width // 4] = 26            # car
-    label[-2:] = 1                                                       # ego vehicle: void
-    colour = {23: (120, 160, 230), 11: (150, 110, 90), 7: (90, 90, 90), 26: (200, 40, 40),
-              1: (0, 0, 0)}
-    rgb = np.zeros((*size, 3))
-    for label_id, value in colour.items():
-        rgb[label == label_id] = value
-    rgb = rgb * tint + rng.normal(0, 6, rgb.shape)
-    return rgb.clip(0, 255).astype(np.uint8), label
+LABEL_IDS = [0, 1, 4, 7, 8, 11, 17, 18, 21, 23, 26, 33, 34]      # 18 and 34: no class of ours
 
 
-def save_palette(path, label):
-    """A label file as GTA-V has it: mode P, the pixel index is the labelId."""
-    image = Image.fromarray(label)
-    image.putpalette(list(np.random.default_rng(0).integers(0, 256, 768)))
-    image.save(path)
+def noise(seed, size=(48, 64), high=256):
+    """A picture of `size` (height, width), as PIL has it; no pixel is like another."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, high, (*size, 3), np.uint8))
+
+
+def blocks(seed, ids=LABEL_IDS, size=(48, 64)):
+    """A label of 4 x 4 blocks of these ids."""
+    some = np.random.default_rng(seed).choice(np.uint8(ids), (size[0] // 4, size[1] // 4))
+    return Image.fromarray(some.repeat(4, 0).repeat(4, 1))
+
+
+def save(path, image):
+    """Write a PIL image, or bytes, and make the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(image) if isinstance(image, bytes) else image.save(path)
+
+
+def fill(folder, count, size=(48, 64)):
+    """Pictures 00.png, 01.png and so on; returns the folder."""
+    for i in range(count):
+        save(folder / f"{i:02d}.png", noise(i, size))
+    return folder
+
+
+def record(folder):
+    """What prepare.py says of a folder that it has made."""
+    return json.loads((folder / "prepare.json").read_text(encoding="utf-8"))
+
+
+def save_pair(folder, name, rgb, label=None):
+    """One image of a prepared split, and its label: uint8 [H, W, 3] and [H, W]."""
+    save(folder / f"images/{name}.png", Image.fromarray(rgb))
+    if label is not None:
+        label = Image.fromarray(label)
+        label.putpalette(list(range(256)) * 3)
+        save(folder / f"labels/{name}.png", label)
 
 
 @pytest.fixture(autouse=True)
@@ -131,23 +146,18 @@ def on_a_cpu(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory):
-    """Tiny raw data in the official layouts: raw/gtav (12 frames), raw/cityscapes (9 + 4)."""
-    root, rng = tmp_path_factory.mktemp("raw"), np.random.default_rng(1)
-    for kind in ("images", "labels"):
-        (root / "gtav" / kind).mkdir(parents=True)
+    """Tiny raw data in the official layouts: raw/gtav (12 frames), raw/cityscapes (9 + 4, dark)."""
+    root, colours = tmp_path_factory.mktemp("raw"), np.random.default_rng(0).integers(0, 256, 768)
     for i in range(1, 13):
-        rgb, label = draw_frame(rng, (60, 120), (1.2, 1.1, 0.8))
-        Image.fromarray(rgb).save(root / "gtav" / "images" / f"{i:05d}.png")
-        save_palette(root / "gtav" / "labels" / f"{i:05d}.png", label)
-    for split, count in (("train", 9), ("val", 4)):
-        images = root / "cityscapes" / "leftImg8bit" / split / "ulm"
-        labels = root / "cityscapes" / "gtFine" / split / "ulm"
-        images.mkdir(parents=True), labels.mkdir(parents=True)
+        label = blocks(i)
+        label.putpalette(colours.tolist())                               # which mean nothing
+        save(root / f"gtav/images/{i:05d}.png", noise(i))
+        save(root / f"gtav/labels/{i:05d}.png", label)
+    for folder, count in (("train/aachen", 9), ("val/lindau", 4)):
         for i in range(count):
-            rgb, label = draw_frame(rng, (64, 128), (0.5, 0.6, 0.5))
-            name = f"ulm_{i:06d}_000019"
-            Image.fromarray(rgb).save(images / f"{name}_leftImg8bit.png")
-            Image.fromarray(label).save(labels / f"{name}_gtFine_labelIds.png")
+            name = f"{folder}/{folder.split('/')[1]}_{i:06d}_000019"
+            save(root / f"cityscapes/leftImg8bit/{name}_leftImg8bit.png", noise(100 + i, high=128))
+            save(root / f"cityscapes/gtFine/{name}_gtFine_labelIds.png", blocks(100 + i))
     return root
 
 

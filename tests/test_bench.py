@@ -25,11 +25,6 @@ def test_sections(tmp_path, section):
         assert row["ratio"] is None or math.isfinite(row["ratio"]) and row["ratio"] > 0
 
 
-def test_unknown_section(tmp_path):
-    _, err = call("study/bench.py", "--only", "speed", cwd=tmp_path, status=2)
-    assert "invalid choice: 'speed'" in err
-
-
 def test_the_straightforward_loop_has_the_same_networks():
     """A baseline with smaller networks would flatter us, one with larger ones too."""
     def count(net):

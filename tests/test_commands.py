@@ -7,10 +7,10 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call
-from PIL import Image
+from conftest import ROOT, fill, save, save_pair
 
 from models import Refiner
 from support.cli import start
@@ -73,17 +73,43 @@ def test_documented_make_target_exists_and_overwrites_nothing(command):
     assert "--overwrite" not in done.stdout, "a run may be somebody's own"
 
 
-def test_two_images_a_batch_are_enough(monkeypatch):
-    """One is refused (MISTAKES), since BatchNorm has no deviation of it."""
-    monkeypatch.setattr(sys, "argv", ["segment.py", "--batch-size", "2"])
-    assert importlib.import_module("segment").arguments().batch_size == 2
-
-
+BOTH = "prepare.py --synthetic ok --real ok --crop none --size 24 48 --test 2"
 # script and arguments -> words of the last line on stderr.
 MISTAKES = [
     ("pretrain.py --data nowhere", "nowhere/synthetic/train/images prepare.py"),
     ("prepare.py --demo --size 99999 99999", "--size 4096"),
     ("prepare.py --demo --size 8 16", "--size 24"),
+    ("prepare.py --demo --size 24 4097 --limit 1 --test 1", "--size 4096"),
+    ("prepare.py --synthetic missing --real ok --test 1", "missing: no such folder"),
+    ("prepare.py --synthetic ok --real empty --test 1", "empty: no images"),
+    ("prepare.py --synthetic broken.pt --real ok --test 1", "broken.pt: folder"),
+    ("prepare.py --synthetic ok missing --real ok --test 1", "missing: no such folder"),
+    ("prepare.py --synthetic ok empty --real ok", "none has its label; ok/00.png: no"),
+    ("prepare.py --gta5 ok --cityscapes ok", "ok: images/"),
+    ("prepare.py --gta5 missing --cityscapes ok", "missing: images/"),
+    ("prepare.py --synthetic ok --cityscapes ok --test 1", "ok: leftImg8bit/train/"),
+    ("prepare.py --synthetic ok ok ok --real ok", "--synthetic IMAGES [LABELS]"),
+    (f"{BOTH} --test 4", "--test 4 frames"),
+    (f"{BOTH} --test 0", "--test above 0"),
+    (f"{BOTH} --limit -3", "--limit -3"),
+    (f"{BOTH} --size -24 48", "--size -24"),
+    (f"{BOTH} --size 10 48", "--size 24 x"),
+    (f"{BOTH} --crop 1 2 3", "--crop four numbers"),
+    (f"{BOTH} --crop 0 0 0 9", "--crop four numbers"),
+    (f"{BOTH} --crop 0 0 9 0", "--crop four numbers"),
+    (f"{BOTH} --crop 0 0 -5 10", "--crop"),
+    (f"{BOTH} --seed -1", "--seed"),
+    (f"{BOTH} --out broken.pt", "broken.pt"),
+    (f"{BOTH} --out damaged", "damaged/prepare.json: damaged;"),
+    (f"{BOTH} --label-ids colours", "--label-ids colours"),
+    (f"{BOTH} --classes no.txt --label-ids trainIds", "--classes goes with"),
+    (f"{BOTH} --unknown 3", "--unknown"),
+    ("prepare.py", "nothing synthetic domain: --gta5 --demo"),
+    ("prepare.py --synthetic ok --crop none --test 1", "nothing real domain:"),
+    ("prepare.py --demo --gta5 ok", "--demo"),
+    ("prepare.py --demo --real ok", "--demo"),
+    ("prepare.py --gta5 ok --synthetic ok --real ok", "--gta5 --synthetic, source"),
+    ("prepare.py --gta5 ok --real ok --classes no.txt", "--classes goes with"),
     ("pretrain.py --method other", "--method"),
     ("pretrain.py --steps 0", "--steps above 0"),
     ("pretrain.py --lr -1", "--lr above 0"),
@@ -95,7 +121,7 @@ MISTAKES = [
     ("refine.py --checkpoint broken.pt", "--checkpoint --out"),
     ("refine.py --checkpoint broken.pt --out new", "broken.pt damaged"),
     ("refine.py --checkpoint evil.pt --out new", "evil.pt"),
-    ("refine.py --checkpoint tensor.pt --out new", "tensor.pt"),
+    ("refine.py --checkpoint tensor.pt --out new", "tensor.pt train_gan.py"),
     ("evaluate.py", "data prepare.py"),
     ("segment.py", "data real prepare.py"),
     ("segment.py --network resnet", "--network unet"),
@@ -112,7 +138,8 @@ MISTAKES = [
     ("refine.py --checkpoint pretrain.pt --data nowhere --out new", "nowhere prepare.py"),
     ("refine.py --checkpoint pretrain.pt --data good/real --out good/real", "good/real --out"),
     ("refine.py --checkpoint pretrain.pt --data empty --out empty", "empty --data"),
-    ("refine.py --checkpoint segment.pt --out new", "segment.pt segment train_gan.py"),
+    ("refine.py --checkpoint segment.pt --out new", "segment.pt: average, segment; train_gan.py"),
+    ("refine.py --checkpoint pretrain.pt --data good/real --out broken.pt/x", "broken.pt/x"),
     ("refine.py --checkpoint good --out new", "good checkpoint"),
     ("refine.py --batch-size -1", "--batch-size above 0"),
     ("pretrain.py --data good --layer Conv9 --inception random", "--layer Conv9"),
@@ -125,10 +152,16 @@ MISTAKES = [
     ("pretrain.py --data broken.pt", "broken.pt"),
     ("pretrain.py --data sizes", "sizes 24 48 32 64"),
     ("evaluate.py --data good --n 1 --inception random", "--n 1 least"),
-    ("evaluate.py --data good --n 9 --inception random", "--n 9 has 4"),
+    ("evaluate.py --data good --n 9 --inception random", "--n 9 has 5"),
+    ("evaluate.py --data single --inception random", "single/ours: file names"),
     ("evaluate.py --data good --inception random --out broken.pt", "broken.pt"),
+    ("evaluate.py --data good --inception random --out /proc", "/proc"),
     ("evaluate.py --data sizes --inception random", "sizes 24 48 32 64"),
     ("segment.py --data good --out broken.pt --network unet", "broken.pt"),
+    ("segment.py --data good --out /proc --network unet", "/proc"),
+    ("segment.py --data good --train nowhere", "--train nowhere: real, synthetic"),
+    ("segment.py --data single", "single: only 1"),
+    ("segment.py --data bare", "bare/real/test: has no labels;"),
     ("segment.py --data sizes", "sizes 24 48 32 64"),
     ("segment.py --data good --seeds -1", "--seeds"),
     ("segment.py --epochs 0", "--epochs above 0"),
@@ -156,14 +189,18 @@ def empty(tmp_path_factory):
               "segment": {}, "old": dict(stage="best", refiner_args={}, refiner={}, step=1)}
     for name, state in states.items():
         torch.save({"stage": name, **state}, cwd / f"{name}.pt")
-    for folder, size in (("good/real", (48, 24)), ("sizes/real", (48, 24)),
-                         ("sizes/synthetic", (64, 32))):
-        for split, count in (("train", 5), ("test", 4)):
-            for kind, mode in (("images", "RGB"), ("labels", "P")):
-                (cwd / folder / split / kind).mkdir(parents=True)
-                for i in range(count):
-                    Image.new(mode, size).save(cwd / folder / split / kind / f"{i}.png")
-    shutil.copytree(cwd / "good/real", cwd / "good/synthetic")
+    for folder, size, count in (("good/real", (24, 48), 5), ("sizes/real", (24, 48), 5),
+                                ("sizes/synthetic", (32, 64), 5), ("single/real", (24, 48), 1)):
+        for i in range(count):
+            for split in ("train", "test"):
+                save_pair(cwd / folder / split, i, np.zeros((*size, 3), np.uint8),
+                          np.zeros(size, np.uint8))
+    for source, target in (("good/real", "good/synthetic"), ("good/real", "single/synthetic"),
+                           ("single/real", "single/ours"), ("good", "bare")):
+        shutil.copytree(cwd / source, cwd / target)
+    shutil.rmtree(cwd / "bare/real/test/labels")
+    save(cwd / "damaged/prepare.json", b'{"settings": {'), save(cwd / "damaged/.lock", b"")
+    fill(cwd / "ok", 4)
     (cwd / "good/synthetic/refine.json").write_text('{"finished": true}')
     (cwd / "empty").mkdir()
     return cwd
@@ -187,14 +224,9 @@ def test_a_mistake_gets_one_line_and_status_2(command, words, empty, monkeypatch
     assert status == 2 and ": error: " in last
     for word in words.split():
         assert word in last, last
+    assert "%|" not in err                           # before any work: no progress bar
+    assert err.startswith("usage: ") or err.count("\n") == 1
     assert sorted(empty.rglob("*")) == before        # nothing made, nothing removed, none run
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_cuda_asked_for_and_absent(empty):
-    """This one as a process of its own: one line on stderr, no traceback, status 2."""
-    _, err = call("pretrain.py", "--device", "cuda", cwd=empty, status=2)
-    assert "--device cpu" in err and len(err.strip().splitlines()) == 1
 
 
 def test_the_readmes_result_is_the_studys():

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import call
+from conftest import call, fill
 
 import pretrain
 import train_gan
@@ -13,24 +13,13 @@ from models import Refiner
 GAN = ["--batch-size", 4, "--sample-every", 3, "--save-every", 3]
 
 
-@pytest.fixture
-def trained(fresh):
-    """A project in which train_gan.py has run: 3 steps, a picture after each third one."""
-    call("train_gan.py", "--steps", 3, *GAN, cwd=fresh)
-    return fresh
-
-
-def test_pictures_and_what_refine_takes(trained):
-    for picture in ("curves.png", "samples/step_000003.png"):
-        assert (trained / "runs/ours" / picture).is_file()
-    out, _ = call("refine.py", "--out", "data/averaged", cwd=trained)
-    assert "average.pt (step 3)" in out
-
-
-def test_the_fixed_pairs_are_as_many_as_the_smaller_test_set(fresh):
-    next((fresh / "data/real/test/images").iterdir()).unlink()
-    _, _, (x, y) = train_gan.load_data(fresh / "data")
-    assert len(x) == len(y) == 2
+@pytest.mark.parametrize("synthetic, real, pairs", [(70, 70, 64), (3, 2, 2), (2, 3, 2)])
+def test_the_fixed_pairs_are_as_many_as_the_smaller_test_set(tmp_path, synthetic, real, pairs):
+    """And 64 at most."""
+    for domain, count in (("synthetic", synthetic), ("real", real)):
+        fill(tmp_path / domain / "train/images", 1), fill(tmp_path / domain / "test/images", count)
+    _, _, (x, y) = train_gan.load_data(tmp_path)
+    assert len(x) == len(y) == pairs
 
 
 def test_there_is_no_gan_pt_without_a_best_step(tmp_path):
@@ -50,17 +39,19 @@ def test_a_short_run_is_averaged_over_less(steps, average, monkeypatch):
     assert train_gan.arguments().average == 7
 
 
-def test_a_run_is_neither_overwritten_nor_resumed_by_accident(trained):
-    before = (trained / "runs/ours/last.pt").read_bytes()
-    _, err = call("train_gan.py", "--steps", 3, *GAN, cwd=trained, status=2)
+def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh):
+    out, _ = call("train_gan.py", "--steps", 3, *GAN, cwd=fresh)
+    assert "best step by the paper's rule: 3 of 3" in out
+    before = (fresh / "runs/ours/last.pt").read_bytes()
+    _, err = call("train_gan.py", "--steps", 3, *GAN, cwd=fresh, status=2)
     assert "--resume" in err and "--overwrite" in err
-    _, err = call("train_gan.py", "--steps", 3, *GAN, "--alpha", 1, "--resume", cwd=trained,
+    _, err = call("train_gan.py", "--steps", 3, *GAN, "--alpha", 1, "--resume", cwd=fresh,
                   status=2)
     assert "alpha" in err and "50" in err
-    call("train_gan.py", "--steps", 3, *GAN, "--alpha", 50, "--resume", cwd=trained)   # 50.0 is 50
-    assert (trained / "runs/ours/last.pt").read_bytes() == before
-    call("train_gan.py", "--steps", 1, *GAN, "--overwrite", cwd=trained)
-    assert [p.name for p in (trained / "runs/ours/samples").iterdir()] == ["step_000001.png"]
+    call("train_gan.py", "--steps", 3, *GAN, "--alpha", 50, "--resume", cwd=fresh)   # 50.0 is 50
+    assert (fresh / "runs/ours/last.pt").read_bytes() == before
+    call("train_gan.py", "--steps", 1, *GAN, "--overwrite", cwd=fresh)
+    assert [p.name for p in (fresh / "runs/ours/samples").iterdir()] == ["step_000001.png"]
 
 
 def test_the_summary_is_of_the_last_50_steps_of_each(tmp_path, capsys):

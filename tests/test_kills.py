@@ -1,5 +1,6 @@
 """Kills at random moments, Ctrl-C, changed inputs: what resumes equals what never stopped."""
-import csv
+import json
+import os
 import random
 import shutil
 import signal
@@ -7,13 +8,13 @@ import time
 
 import pytest
 import torch
-from conftest import call, start
+from conftest import call, noise, start
 
 import prepare
 import train_gan
 from support import training
 from support.cli import UserError
-from support.training import load_checkpoint, stop_requests
+from support.training import load_checkpoint
 
 # A save after every step, so that a random moment often lies in one.
 GAN = ["--steps", 10, "--batch-size", 2, "--sample-every", 2, "--save-every", 1]
@@ -34,15 +35,30 @@ def equal(a, b):
 
 
 def without_clock(state):
-    """A last.pt whose log lacks the images per second, the one thing that may differ."""
-    column = train_gan.COLUMNS.index("images_per_s")
-    state["log"] = [row[:column] + row[column + 1:] for row in state["log"]]
+    """A checkpoint whose log lacks the images per second, the one thing that may differ."""
+    if state["stage"] == "gan":
+        column = train_gan.COLUMNS.index("images_per_s")
+        state["log"] = [row[:column] + row[column + 1:] for row in state["log"]]
     return state
 
 
-def rows_of(path):
-    with open(path) as file:
-        return [{k: v for k, v in r.items() if k != "images_per_s"} for r in csv.DictReader(file)]
+def content(folder):
+    """{relative path: bytes} of everything below a folder, the lock aside."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
+            if p.is_file() and p.name != ".lock"}
+
+
+def same_runs(one, other):
+    """Whether two run folders hold the same checkpoints, logs and pictures."""
+    a, b = content(one), content(other)
+    assert a.keys() == b.keys()
+    for name in a.keys() - {"log.csv"}:                        # last.pt has it, and the clock
+        if name.endswith(".pt"):
+            assert equal(*(without_clock(torch.load(run / name, weights_only=True))
+                           for run in (one, other))), name
+        else:
+            assert a[name] == b[name], name
+    return True
 
 
 def kill_and_resume(command, checkpoint, moments, cwd):
@@ -68,46 +84,24 @@ def kill_and_resume(command, checkpoint, moments, cwd):
     return met, halves
 
 
-def test_a_gan_killed_at_random_moments_equals_one_that_was_not(fresh):
+@pytest.mark.parametrize("script, flags, made", [
+    ("train_gan.py", GAN, ["last.pt", "curves.png", "samples/step_000010.png"]),
+    ("pretrain.py", PRETRAIN, ["pretrain.pt", "pretrain.png"])])
+def test_a_training_killed_at_random_moments_equals_one_that_was_not(fresh, script, flags, made):
     """SIGKILL, five times, twice of them during a save: weights, optimisers, history, random
     state, log, samples and the best step are the same."""
-    undisturbed = start("train_gan.py", *GAN, cwd=fresh)               # at the same time
-    shutil.copytree(fresh / "runs/ours", fresh / "runs/again",
-                    ignore=shutil.ignore_patterns("last.pt", "gan.pt", "average.pt", "samples",
-                                                  "log.csv", ".lock"))
-    moments = [random.Random(3).uniform(0, 1.5) for _ in range(3)]
-    met, halves = kill_and_resume(
-        ["train_gan.py", *GAN, "--run", "runs/again"], fresh / "runs/again/last.pt",
-        [None, *moments, None], fresh)
+    whole, parts = fresh / "runs/whole", fresh / "runs/parts"
+    if script == "train_gan.py":
+        for run in (whole, parts):
+            run.mkdir()
+            shutil.copy(fresh / "runs/ours/pretrain.pt", run)
+    undisturbed = start(script, *flags, "--run", whole, cwd=fresh)     # at the same time
+    moments = [random.Random(3).uniform(0, 1) for _ in range(3)]
+    met, halves = kill_and_resume([script, *flags, "--run", parts], parts / made[0],
+                                  [None, *moments, None], fresh)
     assert met >= 3 and halves >= 1
-    assert undisturbed.wait() == 0
-    a, b = fresh / "runs/ours", fresh / "runs/again"
-    assert equal(*(without_clock(load_checkpoint(r / "last.pt", ["gan"], "")) for r in (a, b)))
-    for name, stage in (("gan.pt", "best"), ("average.pt", "average")):
-        assert equal(*(load_checkpoint(r / name, [stage], "") for r in (a, b)))
-    assert rows_of(a / "log.csv") == rows_of(b / "log.csv")
-    samples = {p.name: p.read_bytes() for p in (a / "samples").iterdir()}
-    assert samples == {p.name: p.read_bytes() for p in (b / "samples").iterdir()}
-    assert len(samples) == 5 and {p.name for p in a.iterdir()} == {p.name for p in b.iterdir()}
-    assert (a / "curves.png").read_bytes() == (b / "curves.png").read_bytes()
-
-
-def test_a_pre_training_killed_at_random_moments_equals_one_that_was_not(fresh):
-    undisturbed = start("pretrain.py", *PRETRAIN, "--run", "runs/whole", cwd=fresh)
-    moments = [random.Random(4).uniform(0, 0.8) for _ in range(4)]
-    met, _ = kill_and_resume(["pretrain.py", *PRETRAIN, "--run", "runs/parts"],
-                             fresh / "runs/parts/pretrain.pt", [*moments, None], fresh)
-    assert met >= 3 and undisturbed.wait() == 0
-    a, b = fresh / "runs/whole", fresh / "runs/parts"
-    assert equal(*(load_checkpoint(r / "pretrain.pt", ["pretrain"], "") for r in (a, b)))
-    for name in ("pretrain.csv", "pretrain.png"):
-        assert (a / name).read_bytes() == (b / name).read_bytes()
-
-
-def content(folder):
-    """{relative path: bytes} of everything below a folder, the lock aside."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
-            if p.is_file() and p.name != ".lock"}
+    assert undisturbed.wait() == 0 and same_runs(whole, parts)
+    assert all((whole / name).is_file() for name in made)
 
 
 @pytest.mark.parametrize("command, out", [
@@ -187,20 +181,50 @@ def test_sigterm_saves_and_a_second_signal_stops_at_once(fresh):
     assert not (fresh / "runs/twice/pretrain.pt").exists()
 
 
-def test_the_first_signal_is_only_noted():
-    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        requests = stop_requests()
-        signal.raise_signal(signal.SIGINT)
-        assert requests == [signal.SIGINT]
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGUSR1"])
+def test_signals_save_and_stop(fresh, name):
+    """Also that of a closed terminal, to which nothing can be written any more."""
+    process = start("train_gan.py", "--batch-size", 2, "--save-every", 2, cwd=fresh)  # 5000 steps
+    last = fresh / "runs/ours/last.pt"
+    process.wait_for(last.exists)
+    os.kill(process.pid, getattr(signal, name))
+    assert process.wait() == 130
+    assert not torch.load(last, weights_only=True)["finished"]
+
+
+def test_a_trained_network_is_not_trained_again_but_a_changed_one_is(fresh):
+    """At other settings, of other images, or of an older U-Net; pretrained/ has no row."""
+    def run(*flags):
+        out, _ = call("segment.py", "--network", "unet", "--epochs", 1, "--batch-size", 4, *flags,
+                      cwd=fresh)
+        assert "missing: data/ours/" in out and "missing: data/real/" not in out
+        record = json.loads((fresh / "results/segment_unet.json").read_text())
+        return out.count("trained before, not again"), record
+
+    shutil.copytree(fresh / "data/synthetic", fresh / "data/pretrained")
+    first = run()[1]["scores"]
+    again, record = run()
+    assert again == 2 and str(record["scores"]) == str(first)           # nan equals nan as text
+    (fresh / "results/weights/unet_real_seed0.pt").unlink()
+    older = fresh / "results/weights/unet_synthetic_seed0.pt"      # whose layers had other names
+    state = torch.load(older, weights_only=True)
+    state["weights"] = {f"old.{k}": v for k, v in state["weights"].items()}
+    torch.save(state, older)
+    again, record = run()
+    assert again == 0 and str(record["scores"]) == str(first)           # the same seed and network
+    flags = []
+    for flag in (["--epochs", 2], ["--lr", 0.01], ["--batch-size", 3]):
+        flags += flag
+        assert run(*flags)[0] == 0
+    noise(0, (24, 48)).save(next((fresh / "data/real/train/images").iterdir()))
+    assert run(*flags)[0] == 1
+    again, record = run("--train", "real")
+    assert list(record["scores"]["0"]) == ["real"]
+    assert list(record["test_images"]) == record["domains"] == ["synthetic", "real"]
 
 
 def test_resume_refuses_another_pre_training_and_other_images(fresh):
-    """It would go on, but with a run that no single command can repeat."""
+    """It would go on, but with a run that no single command can repeat. Data may be moved."""
     call("train_gan.py", *GAN, cwd=fresh)
     before = (fresh / "runs/ours/last.pt").read_bytes()
     pretrained = fresh / "runs/ours/pretrain.pt"
@@ -209,9 +233,11 @@ def test_resume_refuses_another_pre_training_and_other_images(fresh):
     _, err = call("train_gan.py", *GAN, "--resume", cwd=fresh, status=2)
     assert "last.pt: was run with pretrain = " in err
     pretrained.write_bytes(kept)
-    image = next((fresh / "data/real/train/images").iterdir())
-    prepare.Image.new("RGB", (48, 24)).save(image)
-    _, err = call("train_gan.py", *GAN, "--resume", cwd=fresh, status=2)
+    (fresh / "data").rename(fresh / "my data")
+    moved = ["train_gan.py", *GAN, "--resume", "--data", "my data/"]
+    call(*moved, cwd=fresh)
+    noise(0, (24, 48)).save(next((fresh / "my data/real/train/images").iterdir()))
+    _, err = call(*moved, cwd=fresh, status=2)
     assert "last.pt: was run with images = " in err
     assert (fresh / "runs/ours/last.pt").read_bytes() == before
 
@@ -238,12 +264,7 @@ def test_a_finished_run_goes_further_as_if_it_had_been_asked_for(fresh, monkeypa
     run_here(monkeypatch, fresh, "train_gan", [*flags, 10], 1)
     run_here(monkeypatch, fresh, "train_gan", [*flags, 4, "--run", "runs/parts"], 1)
     run_here(monkeypatch, fresh, "train_gan", [*flags, 10, "--run", "runs/parts", "--resume"], 1)
-    a, b = fresh / "runs/ours", fresh / "runs/parts"
-    assert equal(*(without_clock(load_checkpoint(r / "last.pt", ["gan"], "")) for r in (a, b)))
-    for name, stage in (("gan.pt", "best"), ("average.pt", "average")):
-        assert equal(*(load_checkpoint(r / name, [stage], "") for r in (a, b)))
-    assert rows_of(a / "log.csv") == rows_of(b / "log.csv")
-    assert (a / "curves.png").read_bytes() == (b / "curves.png").read_bytes()
+    assert same_runs(fresh / "runs/ours", fresh / "runs/parts")
 
 
 def test_a_run_that_would_have_been_another_does_not_go_further(fresh, monkeypatch):
@@ -252,9 +273,9 @@ def test_a_run_that_would_have_been_another_does_not_go_further(fresh, monkeypat
     flags = ["--batch-size", 2, "--sample-every", 2, "--average", 3, "--steps"]
     call("train_gan.py", *flags, 5, cwd=fresh)
     _, err = call("train_gan.py", *flags, 6, "--resume", cwd=fresh, status=2)
-    assert "last.pt: was run with steps = 5, not 6" in err and "2000 steps or more" in err
+    assert "last.pt: was run with --steps 5, give it again" in err and "2000 or more" in err
     monkeypatch.setattr(train_gan, "WARM_UP", 2)
-    for steps, words in ((6, "steps = 5, not 6"), (4, "has done 5 steps")):
+    for steps, words in ((6, "with --steps 5, give"), (4, "has done 5 steps")):
         with pytest.raises(UserError, match=words):
             run_here(monkeypatch, fresh, "train_gan", [*flags, steps, "--resume"], 1)
     assert load_checkpoint(fresh / "runs/ours/last.pt", ["gan"], "")["step"] == 5

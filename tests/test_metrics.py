@@ -9,6 +9,7 @@ from scipy.linalg import sqrtm
 from models import (fid, jackknife_error, kid, leave_out, ssim, trace_sqrt_eigen,
                     trace_sqrt_nuclear)
 from segment import confusion, scores, train
+from support.cli import UserError
 
 SEEDS = range(5)                                      # of the tests on random inputs
 
@@ -52,47 +53,28 @@ def test_ssim_equals_tensorflow_and_the_exact_value(pair, tensorflow, tolerance,
     assert ssim(x.double(), y.double()).item() == pytest.approx(exact, abs=1e-6)
 
 
-def random_images(n, seed=0):
-    return torch.randint(0, 256, (n, 3, 32, 40), generator=torch.Generator().manual_seed(seed),
-                         dtype=torch.uint8)
-
-
-def test_ssim_of_a_batch_is_that_of_each_pair():
-    """[N, 3, H, W] twice -> [N]: no pair may see another."""
-    x, y = random_images(4, 0), random_images(4, 1)
-    singles = torch.cat([ssim(x[i:i + 1], y[i:i + 1]) for i in range(4)])
-    assert ssim(x, y).shape == (4,) and ssim(x, y + 0.4)[0] != ssim(x, y)[0]   # no type is lost
-    torch.testing.assert_close(ssim(x, y), singles, rtol=0, atol=1e-6)
-
-
-def test_ssim_max_val_is_the_range():
-    """C1 and C2 scale with L: [0, 255] with 255 is [0, 1] with 1, and not [0, 255] with 1."""
-    x, y = random_images(2, 0).double(), random_images(2, 1).double()
-    torch.testing.assert_close(ssim(x, y, 255), ssim(x / 255, y / 255, 1), rtol=0, atol=1e-12)
-    assert (ssim(x, y, 255) - ssim(x, y, 1)).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("shape", [(11, 11), (11, 40), (12, 11), (37, 23), (24, 48)])
 def test_ssim_equals_the_definition_window_by_window(shape):
-    """Wang et al. 2004, Eq 13, at any size: one 11 x 11 Gaussian window at a time."""
-    g = torch.Generator().manual_seed(0)
-    x, y = (torch.rand(3, *shape, generator=g).double() * 255 for _ in range(2))
+    """Wang et al. 2004, Eq 13, at any size: one 11 x 11 Gaussian window at a time. [N, 3, H, W]
+    twice -> [N]: no pair sees another. With L = 1 it is the same of [0, 1]."""
+    x, y = torch.rand(2, 2, 3, *shape, generator=torch.Generator().manual_seed(0)).double() * 255
     y = 0.7 * x + 0.3 * y
     t = torch.arange(-5, 6).double()
     w = torch.exp(-(t[:, None] ** 2 + t[None] ** 2) / (2 * 1.5 ** 2))
-    w = w / w.sum()
     values = []
+
+    def mean(maps):
+        return (w * maps).sum((2, 3), keepdim=True) / w.sum()
     for i in range(shape[0] - 10):
         for j in range(shape[1] - 10):
-            a, b = x[:, i:i + 11, j:j + 11], y[:, i:i + 11, j:j + 11]
-            ma, mb = ((w * v).sum((1, 2)) for v in (a, b))
-            va, vb, cov = ((w * v).sum((1, 2)) for v in (
-                (a - ma[:, None, None]) ** 2, (b - mb[:, None, None]) ** 2,
-                (a - ma[:, None, None]) * (b - mb[:, None, None])))
+            a, b = x[..., i:i + 11, j:j + 11], y[..., i:i + 11, j:j + 11]
+            ma, mb = mean(a), mean(b)
+            va, vb, cov = mean((a - ma) ** 2), mean((b - mb) ** 2), mean((a - ma) * (b - mb))
             values.append((2 * ma * mb + 2.55 ** 2) * (2 * cov + 7.65 ** 2)
                           / ((ma ** 2 + mb ** 2 + 2.55 ** 2) * (va + vb + 7.65 ** 2)))
-    wanted = torch.stack(values).mean().item()
-    assert ssim(x[None], y[None]).item() == pytest.approx(wanted, abs=1e-9)
+    wanted = torch.stack(values).mean((0, 2, 3, 4))
+    for found in (ssim(x, y), ssim(x / 255, y / 255, 1)):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape_x, shape_y", [
@@ -107,34 +89,11 @@ def test_ssim_refuses_what_it_cannot_compare(shape_x, shape_y):
 # -------------------------------------------------------------------------------------- FID
 
 
-def exact_features(n, mean, root, seed):
-    """n features whose sample mean is `mean` and whose covariance is root @ root.T, exactly."""
-    x = torch.randn(n, len(mean), generator=torch.Generator().manual_seed(seed)).double()
-    q = torch.linalg.qr(x - x.mean(0))[0] * (n - 1) ** 0.5       # covariance: the identity
-    return q @ root.T + mean
-
-
 def random_features(n, d, seed):
     """Correlated features with a mean."""
     g = torch.Generator().manual_seed(seed)
     mix = torch.randn(d, d, generator=g).double()
     return torch.randn(n, d, generator=g).double() @ mix + torch.randn(d, generator=g).double()
-
-
-@pytest.mark.parametrize("n", [50, 2])
-def test_fid_with_equal_covariance_is_the_mean_gap(n):
-    """Heusel et al. 2017: with S1 = S2 the trace term is 0 and |m1 - m2|^2 is left."""
-    a = random_features(n, 5, 0)
-    shift = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0]).double()
-    assert fid(a, a + shift) == pytest.approx(14.25, rel=1e-10)
-
-
-def test_fid_of_diagonal_covariances():
-    """Frechet distance of Gaussians with independent axes: sum (m1-m2)^2 + (s1-s2)^2."""
-    m1, m2 = torch.tensor([0.0, 1.0, 2.0]).double(), torch.tensor([1.0, 1.0, 0.0]).double()
-    s1, s2 = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([2.0, 0.5, 3.0]).double()
-    a, b = exact_features(40, m1, s1.diag(), 0), exact_features(25, m2, s2.diag(), 1)
-    assert fid(a, b) == pytest.approx(5 + 1 + 2.25, rel=1e-10)
 
 
 @pytest.mark.parametrize("n1, n2", [(40, 40), (40, 71), (2049, 60), (2100, 2300)])
@@ -166,32 +125,20 @@ def test_fid_computes_in_float64():
 
 
 @pytest.mark.parametrize("metric", [fid, kid])
-@pytest.mark.parametrize("shape_a, shape_b", [((1, 4), (9, 4)), ((9, 4), (9, 5)), ((9,), (9,))])
+@pytest.mark.parametrize("shape_a, shape_b", [
+    ((1, 4), (9, 4)), ((9, 4), (9, 5)), ((9,), (9,)), ((9, 4), (9,))])
 def test_fid_and_kid_refuse_what_has_no_covariance(metric, shape_a, shape_b):
     """One image, unequal dimensions, no dimension."""
     with pytest.raises(ValueError, match="features"):
         metric(torch.ones(shape_a), torch.ones(shape_b))
 
 
-@pytest.mark.parametrize("n, d", [(50, 6), (10, 64), (2001, 6)])
+@pytest.mark.parametrize("n, d", [(2, 6), (50, 6), (10, 64), (2001, 6)])
 def test_fid_of_a_set_against_itself_is_zero(n, d):
     """Never below 0, also for fewer features than dimensions and in the branch for large N."""
     a = random_features(n, d, 0)
     assert 0 <= fid(a, a) < 1e-6
     assert 0 <= fid(a, a.flip(0)) < 1e-6
-
-
-@pytest.mark.parametrize("rank", [16, 5])
-def test_fid_branches_agree(rank):
-    """More than 2000 features take another formula; sets with the very same moments must give
-    the same FID in both. With rank 5 the covariances are singular."""
-    g = torch.Generator().manual_seed(0)
-    m1, m2 = torch.randn(2, 16, generator=g).double()
-    root1, root2 = torch.randn(2, 16, 16, generator=g).double()
-    root1[:, rank:] = root2[:, rank:] = 0
-    small, large = ([exact_features(n, m1, root1, 1), exact_features(n, m2, root2, 2)]
-                    for n in (200, 2001))
-    assert fid(*large) == pytest.approx(fid(*small), rel=1e-6)
 
 
 # -------------------------------------------------------------------------------------- KID
@@ -210,14 +157,6 @@ def test_kid_equals_the_direct_sum():
     wanted = (within_a + within_b - 2 * between).item()
     assert kid(a, b) == pytest.approx(wanted, rel=1e-10)
     assert kid(b, a) == pytest.approx(wanted, rel=1e-10)                    # symmetric
-
-
-def test_kid_is_unbiased():
-    """Two sets of one distribution: 0 on average, hence below 0 about half of the time."""
-    g = torch.Generator().manual_seed(0)
-    values = np.array([kid(*torch.randn(2, 10, 4, generator=g)) for _ in range(600)])
-    assert abs(values.mean()) < 4 * values.std(ddof=1) / 600 ** 0.5
-    assert (values < 0).mean() > 0.3
 
 
 # -------------------------------------------------------------------------------- jackknife
@@ -250,14 +189,6 @@ def test_jackknife_of_pairs_is_the_paired_standard_error():
     assert jackknife(mean_gap, a, b, groups=99) == pytest.approx(wanted, rel=1e-10)
 
 
-def test_jackknife_of_independent_sets_is_the_classical_standard_error():
-    """With no correlation between a and b, s_d^2 = s_a^2 + s_b^2: the two-sample formula."""
-    a, b = exact_features(20, torch.zeros(2).double(), torch.tensor([2.0, 3.0]).double().diag(),
-                          0).T
-    wanted = ((4 + 9) / 20) ** 0.5
-    assert jackknife(mean_gap, a, b, groups=20) == pytest.approx(wanted, rel=1e-10)
-
-
 def test_jackknife_of_groups():
     """Ten groups of equal size: the standard error of ten differences of group means; the
     two sets may differ in size."""
@@ -268,31 +199,15 @@ def test_jackknife_of_groups():
     assert jackknife(mean_gap, a, b, groups=10) == pytest.approx(wanted, rel=1e-10)
 
 
-@pytest.mark.parametrize("metric, d", [(fid, 8), (fid, 100), (kid, 8)])
-def test_jackknife_error_is_the_spread_over_new_samples(metric, d):
-    """What the error claims: the standard deviation of the score over new sets of images, here
-    60 of them, more and fewer images than dimensions. Both are estimates: within a fifth."""
-    g, roots = torch.Generator().manual_seed(0), 1 / torch.arange(1, d + 1).double()
-    scores_, errors = [], []
-    for _ in range(150):
-        a, b = (torch.randn(60, d, generator=g).double() * roots + shift for shift in (0, 0.5))
-        scores_.append(metric(a, b))
-        errors.append(jackknife(metric, a, b, groups=20))
-    assert np.mean(errors) == pytest.approx(np.std(scores_, ddof=1), rel=0.2)
-
-
 # --------------------------------------------------------------------- mIoU, pixel accuracy
-
-TRUTH = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 255]])
-PREDICTED = torch.tensor([[0, 0, 1, 0], [0, 1, 1, 1]])
-
 
 def test_confusion_counts_truth_in_rows_and_leaves_255_out():
     """Seven known pixels: a void pixel is no error, whatever was predicted there."""
+    truth = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 255]])
     predicted = torch.tensor([[0, 0, 1, 3], [0, 1, 1, 1]])
     wanted = torch.tensor([[3, 1, 0, 0], [0, 2, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
-    assert torch.equal(confusion(TRUTH, predicted, 4), wanted)
-    uint8 = confusion(TRUTH.to(torch.uint8), predicted.to(torch.uint8), 4)
+    assert torch.equal(confusion(truth, predicted, 4), wanted)
+    uint8 = confusion(truth.to(torch.uint8), predicted.to(torch.uint8), 4)
     assert torch.equal(uint8, wanted) and uint8.dtype == torch.int64
 
 
@@ -325,7 +240,7 @@ def test_an_all_void_batch_harms_nothing():
     """Cross-entropy over no pixel would be nan and end the training: it must be 0. With Adam's
     moments at 0 the weights stay where they are, and other batches train as ever."""
     args = argparse.Namespace(batch_size=2, lr=0.1, epochs=2, precision="float32")
-    images = random_images(4)
+    images = torch.randint(0, 256, (4, 3, 32, 40), dtype=torch.uint8)
     for void, changed in ((slice(None), False), (slice(0, 2), True)):
         labels = torch.full((4, 32, 40), 3, dtype=torch.uint8)
         labels[void] = 255
@@ -334,3 +249,6 @@ def test_an_all_void_batch_harms_nothing():
         before = net.weight.detach().clone()
         train(net, images, labels, args, torch.device("cpu"), "a test")
         assert net.weight.isfinite().all() and torch.equal(net.weight, before) != changed
+    args.lr = torch.inf
+    with pytest.raises(UserError, match="a test: the loss is nan; try a smaller --lr"):
+        train(net, images, labels, args, torch.device("cpu"), "a test")
