@@ -5,6 +5,7 @@ import os
 import resource
 import runpy
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -33,6 +34,7 @@ def as_main(script, args, cwd, out, megabytes):
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{out}/{name}", os.O_WRONLY | os.O_CREAT), stream)
     multiprocessing.set_start_method("fork", force=True)       # of its own workers, as usual
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # which a shell's & ignores
     torch = sys.modules["torch"]
     torch.set_num_threads(1)                       # two commands side by side have two cores
     if "--device" not in args:                     # equal bits are a CPU's promise
