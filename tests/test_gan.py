@@ -30,6 +30,13 @@ def test_there_is_no_gan_pt_without_a_best_step(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["average.pt"]
 
 
+def test_of_two_equal_steps_the_first_is_the_best():
+    best, means = train_gan.BestStep(), {"d_loss_refined": 1, "d_loss_real": 2, "loss_adv": 3}
+    for step in (5, 6):
+        best.look(Refiner(4, 1), step, means)
+    assert (best.step, best.score) == (5, -4)
+
+
 @pytest.mark.parametrize("steps, average", [(1, 1), (120, 24), (1000, 200), (5000, 200)])
 def test_a_short_run_is_averaged_over_less(steps, average, monkeypatch):
     """Not over its first steps, in which R leaps."""
