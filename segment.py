@@ -224,7 +224,7 @@ def draw_table7(path, data, pictures, table):
     predictions on the real test images, [N, H, W]}}."""
     images, labels = data["real", "test"]
     kinds = [len(label.unique()) for label in labels]
-    shown = sorted(range(len(kinds)), key=kinds.__getitem__, reverse=True)[:3]
+    shown = sorted(range(len(kinds)), key=lambda i: -kinds[i])[:3]
     rows = {"real test image": images[shown], "ground truth": colour(labels[shown], table)}
     for domain in next(iter(pictures.values())):
         rows[f"{domain}: a training image"] = data[domain, "train"][0][:len(shown)]
@@ -324,7 +324,7 @@ def main():
 
     # 1. The domains, the same number of training images of each.
     said = provenance(args, device)
-    args.table = classes_of(args.data)                        # after that: it is no flag
+    args.table = classes_of(args.data)                        # no flag, so not in what is said
     data, columns, count = load_domains(args)
     rows = [d for d in columns if d in (args.train or columns)]
     networks = list(NETWORKS) if args.network == "both" else [args.network]

@@ -248,9 +248,10 @@ def real_table(record, by_seed):
 
 def segment_tables(record, network, by_seed):
     """Tables 3 to 6 and the IoU of every class on real, as segment.py has them of one run."""
-    names, tables = rows_in(record, by_seed), []
-    domains = [domain for domain in names
-               if any(of_seeds(by_seed, row, domain, "mIoU") for row in names)]
+    names, domains, tables = rows_in(record, by_seed), [], []
+    for domain in names:
+        if any(of_seeds(by_seed, row, domain, "mIoU") for row in names):
+            domains.append(domain)
     for metric, paper in PAPER[network].items():
         tables.append(matrix_table(metric, paper, by_seed, names, domains).strip())
     return [*tables, class_table(by_seed, names, TABLE).strip()]

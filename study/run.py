@@ -205,8 +205,10 @@ def end_of_log(path):
     """The means of the last 25 rows of a log.csv: {column: number}, and how many steps it has."""
     with open(path, encoding="utf-8") as file:
         log = list(csv.DictReader(file))
-    means = {column: fmean(float(row[column]) for row in log[-25:]) for column in COLUMNS}
-    return {"steps": len(log), **means}
+    means = {"steps": len(log)}
+    for column in COLUMNS:
+        means[column] = fmean(float(row[column]) for row in log[-25:])
+    return means
 
 
 def numbers_of_segment(path):
