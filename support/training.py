@@ -260,7 +260,10 @@ class Training:
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
         self.step = saved["step"]
-        self.rows = [dict(zip(self.columns, row, strict=True)) for row in saved["log"]]
+        if any(len(row) != len(self.columns) for row in saved["log"]):
+            raise UserError(f"{self.path}: its log has other columns, so it was saved by an older "
+                            "version; start anew with --overwrite")
+        self.rows = [dict(zip(self.columns, row)) for row in saved["log"]]
 
     def save(self, finished):
         """Write the log as a table, then everything into one checkpoint, each one whole."""

@@ -57,6 +57,11 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh):
     assert "alpha" in err and "50" in err
     call("train_gan.py", "--steps", 3, *GAN, "--alpha", 50, "--resume", cwd=fresh)   # 50.0 is 50
     assert (fresh / "runs/ours/last.pt").read_bytes() == before
+    state = torch.load(fresh / "runs/ours/last.pt", weights_only=True)
+    state["log"][0].pop()                                       # of an older version
+    torch.save(state, fresh / "runs/ours/last.pt")
+    _, err = call("train_gan.py", "--steps", 3, *GAN, "--resume", cwd=fresh, status=2)
+    assert "last.pt: its log has other columns" in err
     call("train_gan.py", "--steps", 1, *GAN, "--overwrite", cwd=fresh)
     assert [p.name for p in (fresh / "runs/ours/samples").iterdir()] == ["step_000001.png"]
 
