@@ -359,8 +359,8 @@ def network_text(record, network, by_seed):
 def text_of(record):
     """The whole report of a record, as Markdown."""
     by_network = networks_of(record)
-    parts = [f"# {record['name']}", NOTE, claims_table(record, by_network), "## Table 2",
-             table2(record)]
+    parts = [f"# {record['name']}", NOTE, claims_table(record, by_network),
+             f"## Table 2, seed {', '.join(record['seeds'])}", table2(record)]
     for network, by_seed in by_network.items():
         parts += network_text(record, network, by_seed)
     changed = changes_table(record)

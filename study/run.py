@@ -183,10 +183,12 @@ def run_seed(seed, data, history, args):
     evaluate = ["evaluate.py", "--data", f"{folder}/data", "--out", f"{folder}/results",
                 "--inception", str(args.inception)]
     once(folder / "stamps/evaluate", evaluate, "\n".join([*made, shlex.join(evaluate)]))
+    write_record(args)
     for network, epochs, rows in segmentations(seed, args):
         command = segment_command(network, epochs, rows, seed, folder, args)
         once(folder / f"stamps/{network}-{epochs}", command,
              "\n".join([*made, shlex.join(command)]))
+        write_record(args)
 
 
 def prepare(args):
@@ -238,22 +240,20 @@ def numbers_of_seed(folder):
 
 
 def write_record(args):
-    """study/results/NAME.json, from every seed that has got as far as segmentation."""
+    """study/results/NAME.json, from every seed that has got as far as Table 2."""
     settings = {key: getattr(args, key) for key in ("prepare", "pretrain", "gan", "precision")}
     seeds = {}
     for folder in sorted(args.base.glob("seed*")):
-        if list(folder.glob("results/*-epochs/segment_*.json")):
+        if (folder / "results/table2.json").is_file():
             seeds[folder.name.removeprefix("seed")] = numbers_of_seed(folder)
     record = {"name": args.name, "settings": settings,
               "epochs": {"unet": args.epochs, "deeplabv3plus": args.epochs},
               "changes": {"network": "unet", "epochs": args.epochs},
               "rows": {name: ROWS[name] for name in args.rows}, "seeds": seeds}
-    path = args.results / f"{args.name}.json"
-    write_json(path, record, indent=None)
-    ours = args.base / "seed0/runs/ours"
-    if (ours / "curves.png").is_file():
-        shutil.copy(ours / "curves.png", args.results / f"{args.name}-figure1.png")
-    print(f"done: {path}; python -m study.report {args.name} makes the tables")
+    write_json(args.results / f"{args.name}.json", record, indent=None)
+    curves = args.base / "seed0/runs/ours/curves.png"
+    if curves.is_file():
+        shutil.copy(curves, args.results / f"{args.name}-figure1.png")
 
 
 def arguments():
@@ -295,7 +295,8 @@ def main():
             raise UserError(f"{data / name}: no train/ in it; --data wants what prepare.py made")
     for seed in args.seeds:
         run_seed(seed, data, history, args)
-        write_record(args)
+    print(f"done: {args.results}/{args.name}.json; python -m study.report {args.name} makes the "
+          "tables")
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def test_the_report_of_a_record(record, tmp_path):
     out, _ = call("study/report.py", "test", "--results", tmp_path, cwd=tmp_path)
     text = (tmp_path / "test.md").read_text()
     assert text in out and (tmp_path / "test.png").stat().st_size > 1000
-    assert "## U-Net, 30 epochs, seed 0, 1\n" in text
+    assert "## Table 2, seed 0, 1\n" in text and "## U-Net, 30 epochs, seed 0, 1\n" in text
     assert "## DeepLabV3+, 15 epochs, seed 0\n" in text
     assert "| ours | 12.0 ± 2.8 | 20.0 ± 0.0 | 0.250 ± 0.000 | 0.0100 ± 0.0000 | 55.71 |" in text
     assert "| real | 0.150 | 0.200 ± 0.000 |" in text                   # 8 epochs, 30 epochs
@@ -262,6 +262,9 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
     besides synthetic and real."""
     def as_user(command):
         asked.append(command[0])
+        if command[0] == "segment.py":                         # Table 2 is on record before it
+            record = json.loads((tmp_path / "my study.json").read_text())
+            assert record["seeds"]["0"]["table2"] and not record["seeds"]["0"]["segment"]
         if command[0] == "-m":
             command = [command[1].replace(".", "/") + ".py", *command[2:]]
         call(*command, cwd=tmp_path)
