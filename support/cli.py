@@ -44,8 +44,7 @@ BARS = []                                            # closed before the last li
 def start(main):
     """Call a script's main(); turn what a user can mend into one line and status 2: a UserError,
     a file that cannot be read or written, memory that does not suffice."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")         # what cannot print ± prints ?
+    sys.stdout.reconfigure(errors="replace")         # what cannot print ± prints ?
     try:
         main()
         sys.stdout.flush()
@@ -144,7 +143,7 @@ def progress(iterable=None, **options):
 
 def in_parallel(function, jobs, workers):
     """Yield function(job) for every job, in order, computed by `workers` processes."""
-    workers = min(workers, len(jobs), 61 if sys.platform == "win32" else len(jobs))
+    workers = min(workers, len(jobs), 61)              # Windows takes no more
     try:
         with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
             yield from progress(pool.map(function, jobs), total=len(jobs), unit="image")

@@ -45,8 +45,7 @@ def load_inception(weights="imagenet", layer="pool3", images=None, seed=0):
     """
     with torch.random.fork_rng(devices=[]):                   # leave the random state alone
         torch.manual_seed(seed)
-        net = inception_v3(weights=None, aux_logits=False, init_weights=False,
-                           transform_input=False)
+        net = inception_v3(weights=None, aux_logits=False, init_weights=False)
     net.fc = nn.Identity()
     for module in net.modules():
         if hasattr(module, "branch_pool"):
@@ -87,7 +86,6 @@ def calibrate_batchnorm(net, images):
     """
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
             module.momentum = None                            # None: the plain average
     net.train()
     net(resize_299(images[::-(-len(images) // 16)]))

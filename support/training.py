@@ -335,11 +335,8 @@ class Training:
 
     def latest(self):
         """The first columns of the last row, for the progress bar."""
-        parts = []
-        for column in self.columns[:4]:
-            value = self.rows[-1][column]
-            parts.append(value if isinstance(value, str) else f"{column} {value:.3g}")
-        return ", ".join(parts)
+        row = list(self.rows[-1].items())[:4]
+        return ", ".join(v if isinstance(v, str) else f"{column} {v:.3g}" for column, v in row)
 
 
 # ------------------------------------------------------------------------------- checkpoints
@@ -381,8 +378,8 @@ def load_checkpoint(path, stages, advice):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; {advice}")
     state = load_tensors(path, "checkpoint")
-    if not isinstance(state, dict) or state.get("stage") not in stages:
-        found = state.get("stage", "none of ours") if isinstance(state, dict) else "no dict"
+    found = state.get("stage") if isinstance(state, dict) else None
+    if found not in stages:
         raise UserError(f"{path}: wanted a checkpoint of {' or '.join(stages)}, found {found}; "
                         f"{advice}")
     return state

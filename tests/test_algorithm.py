@@ -23,6 +23,7 @@ import segment
 from models import (DeepLabV3Plus, Discriminator, Refiner, UNet, inception_features, kid,
                     load_inception, resize_299, ssim)
 from prepare import CLASSES, IGNORE, PALETTE, TABLE, load_images, load_labels, names
+from support.figures import save_grid
 
 
 @pytest.fixture(autouse=True)
@@ -124,10 +125,12 @@ def compare(log, meaning, wanted, weights):
 
 def shows(file, *rows):
     """Whether a picture is these rows of uint8 images, enlarged, behind their captions."""
-    picture, scale = np.array(Image.open(file)), 160 // rows[0].shape[3]
+    picture, scale = np.array(Image.open(file)), max(1, 160 // rows[0].shape[3])
     height, width = (n * scale + 4 for n in rows[0].shape[2:])
     left = picture.shape[1] - width * len(rows[0])
     for i, row in enumerate(rows):
+        if picture[i * height:(i + 1) * height, :left].min() > 100:
+            return False                                     # no caption
         for j, image in enumerate(row):
             large = image.permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
             place = picture[i * height + 2:(i + 1) * height - 2, left + j * width:][:, :width - 4]
@@ -692,7 +695,11 @@ TABLES = {
 @pytest.mark.parametrize("script", DEFAULTS)
 def test_the_papers_values_are_the_defaults(script, cwd):
     """In --help, where they are marked as the paper's. Every script shows its defaults."""
-    text = " ".join(call(f"{script}.py", "--help", cwd=cwd)[0].split())
+    text = call(f"{script}.py", "--help", cwd=cwd)[0]
+    assert f"\n    python {script}.py" in text and "(default: None)" not in text
+    text = " ".join(text.split())
+    assert ("--batch-size" in text) == ("batch (default: 16)" in text)
+    assert ("--inception" in text) == ("file (default: imagenet)" in text)
     assert "(default: " in text and " --seed SEED " in text
     for flag, value in DEFAULTS[script].items():
         block = text.rsplit(f" {flag} ", 1)[1].split(" --")[0]
@@ -725,6 +732,12 @@ def test_tables_3_to_6_show_the_papers_numbers(tmp_path, monkeypatch):
             found = {row: " ".join(map(str, numbers))
                      for row, numbers in segment.PAPER[network][metric].items()}
             assert found == {row: texts[place] for row, texts in wanted.items()}, network
+
+
+def test_wide_images_are_shown_as_they_are(tmp_path):
+    x = torch.randint(0, 256, (2, 3, 16, 170), dtype=torch.uint8)
+    save_grid(tmp_path / "a.png", {"wide": x, "again": x.flip(0)})
+    assert shows(tmp_path / "a.png", x, x.flip(0))
 
 
 def test_table7_shows_the_test_images_with_most_classes(tmp_path, monkeypatch):

@@ -132,6 +132,8 @@ MISTAKES = [
     ("train_gan.py --beta -1", "--beta negative"),
     ("train_gan.py --history -1", "--history"),
     ("train_gan.py --lr 0", "--lr above 0"),
+    ("train_gan.py --steps many", "--steps positive int"),
+    ("train_gan.py --seed 9223372036854775808", "--seed 2**63"),
     ("pretrain.py --device cuda:x", "--device"),
     ("refine.py --data broken.pt --checkpoint none.pt --out new", "none.pt train_gan.py"),
     ("refine.py --checkpoint old.pt --data good/real --out new", "old.pt refiner train"),

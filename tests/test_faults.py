@@ -1,5 +1,6 @@
 """What a machine or a second process can do to a run: full disk, lock, memory, damaged files."""
 import json
+import re
 import sys
 
 import pytest
@@ -18,7 +19,7 @@ GAN = ["--batch-size", 4, "--sample-every", 2, "--save-every", 2]
 def one_line(err, *words):
     """The error is the last line, has the words, and no traceback is above it."""
     last = err.strip().splitlines()[-1]
-    assert ": error: " in last and "Traceback" not in err, err
+    assert re.match(r"\S+: error: ", last) and "Traceback" not in err, err
     assert all(word in last for word in words), last
 
 
@@ -43,9 +44,9 @@ def test_a_full_disk_keeps_what_was_saved(fresh):
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
     """Neither a temporary file nor a changed old one, whatever the error."""
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(OSError), whole(tmp_path / "a.txt") as temporary:
+    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "a.txt") as temporary:
         temporary.write_text("half")
-        raise OSError(28, "No space left on device")
+        raise KeyboardInterrupt                                   # or an OSError
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
 

@@ -1,5 +1,6 @@
 """What train_gan.py leaves behind, refuses and says; what it computes: test_algorithm.py."""
 import sys
+from math import nan
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import call, fill
 import pretrain
 import train_gan
 from models import Refiner
+from support.figures import Figure, draw_curves
 
 GAN = ["--batch-size", 4, "--sample-every", 3, "--save-every", 3]
 
@@ -42,7 +44,8 @@ def test_a_short_run_is_averaged_over_less(steps, average, monkeypatch):
     """Not over its first steps, in which R leaps."""
     monkeypatch.setattr(sys, "argv", ["train_gan.py", "--steps", str(steps)])
     assert train_gan.arguments().average == average
-    monkeypatch.setattr(sys, "argv", ["train_gan.py", "--steps", str(steps), "--average", "7"])
+    monkeypatch.setattr(sys, "argv", ["train_gan.py", "--steps", str(steps), "--average", "7",
+                                     "--alpha", "0"])
     assert train_gan.arguments().average == 7
 
 
@@ -55,14 +58,17 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh):
     _, err = call("train_gan.py", "--steps", 3, *GAN, "--alpha", 1, "--resume", cwd=fresh,
                   status=2)
     assert "alpha" in err and "50" in err
-    call("train_gan.py", "--steps", 3, *GAN, "--alpha", 50, "--resume", cwd=fresh)   # 50.0 is 50
+    call("train_gan.py", "--steps", 3, *GAN, "--alpha", 50, "--resume", "--overwrite", "--device",
+         "cpu", cwd=fresh)                                      # 50.0 is 50; --resume comes first
     assert (fresh / "runs/ours/last.pt").read_bytes() == before
     state = torch.load(fresh / "runs/ours/last.pt", weights_only=True)
     state["log"][0].pop()                                       # of an older version
     torch.save(state, fresh / "runs/ours/last.pt")
     _, err = call("train_gan.py", "--steps", 3, *GAN, "--resume", cwd=fresh, status=2)
     assert "last.pt: its log has other columns" in err
-    call("train_gan.py", "--steps", 1, *GAN, "--overwrite", cwd=fresh)
+    out, _ = call("train_gan.py", "--steps", 1, *GAN, "--overwrite", "--precision", "bfloat16",
+                  cwd=fresh)
+    assert "writes runs/ours/; --precision bfloat16 is " in out
     assert [p.name for p in (fresh / "runs/ours/samples").iterdir()] == ["step_000001.png"]
 
 
@@ -78,12 +84,25 @@ def test_the_summary_is_of_the_last_50_steps_of_each(tmp_path, capsys):
     assert "= 0.250 with" in out and "D: loss 0.500" in out and "accuracy 0.75" in out
 
 
+def test_figure_1_shows_the_log():
+    """SSIM where there is one; D's losses and their mean over two steps; the chosen step, 3."""
+    rows = [{"ssim": s, "d_loss_real": y, "d_loss_refined": x} for s, y, x in (
+        (nan, 1, 8), (0.5, 2, 6), (nan, 3, 4), (0.7, 6, 2))]
+    axes = Figure().subplots(1, 3)
+    draw_curves(axes, rows, 2, 3)
+    for axis, title, wanted in zip(axes, ("SSIM", "D loss, real", "D loss, refined"), (
+            [{2: 0.5, 4: 0.7}], [{1: 1, 2: 2, 3: 3, 4: 6}, {2: 1.5, 3: 2.5, 4: 4.5}],
+            [{1: 8, 2: 6, 3: 4, 4: 2}, {2: 7, 3: 5, 4: 3}])):
+        *curves, line = [dict(line.get_xydata()) for line in axis.lines]
+        assert curves == wanted and list(line) == [3] and axis.get_title().startswith(title)
+
+
 def test_compile_is_asked_of_both_networks(fresh, monkeypatch):
     """By --compile only; what it does on a GPU: test_gpu.py."""
     asked = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net: asked.append(type(net).__name__))
     monkeypatch.chdir(fresh)
-    for flags, wanted in (([], []), (["--compile", "--overwrite"], ["Refiner", "Discriminator"])):
+    for flags, wanted in (([], []), (["--compile", "--resume"], ["Refiner", "Discriminator"])):
         monkeypatch.setattr(sys, "argv", ["train_gan.py", "--steps", "1", "--batch-size", "2", *flags])
         train_gan.main()
         assert asked == wanted

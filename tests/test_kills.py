@@ -2,9 +2,12 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
+from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +134,7 @@ def test_data_stages_killed_and_run_again(fresh, command, out):
     whole, again = content(fresh / "whole"), content(fresh / out)
     assert whole.keys() == again.keys() and len(whole) > 20
     assert not [k for k in whole if whole[k] != again[k]]
+    assert not [p for p in Path("/proc").glob("[0-9]*/cwd") if Path(os.path.realpath(p)) == fresh]
 
 
 def test_refine_killed_before_its_first_file_runs_again(fresh):
@@ -152,6 +156,7 @@ def test_segment_killed_between_two_networks_goes_on(fresh):
     process.wait_for((fresh / "parts/weights/unet_synthetic_seed0.pt").exists)
     process.kill()
     assert process.wait() == -signal.SIGKILL and undisturbed.wait() == 0
+    assert process.read("stdout").startswith("segment.py: cpu (1 threads), torch ")   # said at once
     out, _ = call(*flags, "parts", cwd=fresh)
     assert "unet_synthetic_seed0.pt: trained before" in out
     a, b = content(fresh / "whole"), content(fresh / "parts")
@@ -190,6 +195,16 @@ def test_signals_save_and_stop(fresh, name):
     os.kill(process.pid, getattr(signal, name))
     assert process.wait() == 130
     assert not torch.load(last, weights_only=True)["finished"]
+    assert ("once more" in process.read("stderr")) == (name != "SIGHUP")
+
+
+def test_nohup_is_obeyed(monkeypatch):
+    """A signal that was ignored when the training began stays ignored."""
+    taken, ignored = [], {signal.SIGHUP: signal.SIG_IGN}
+    monkeypatch.setattr(signal, "getsignal", ignored.get)
+    monkeypatch.setattr(signal, "signal", lambda signum, _: taken.append(signum))
+    training.stop_requests()
+    assert taken == [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 
 
 def test_a_trained_network_is_not_trained_again_but_a_changed_one_is(fresh):
@@ -255,7 +270,7 @@ def run_here(monkeypatch, folder, script, flags, every):
     module.main()
 
 
-def test_a_finished_run_goes_further_as_if_it_had_been_asked_for(fresh, monkeypatch):
+def test_a_finished_run_goes_further_as_if_it_had_been_asked_for(fresh, monkeypatch, capsys):
     """Where the best step is looked for from the same step on: checkpoints, log and Figure 1
     are those of the longer run."""
     monkeypatch.setattr(train_gan, "WARM_UP", 2)
@@ -263,7 +278,10 @@ def test_a_finished_run_goes_further_as_if_it_had_been_asked_for(fresh, monkeypa
     shutil.copytree(fresh / "runs/ours", fresh / "runs/parts")
     run_here(monkeypatch, fresh, "train_gan", [*flags, 10], 1)
     run_here(monkeypatch, fresh, "train_gan", [*flags, 4, "--run", "runs/parts"], 1)
+    capsys.readouterr()
     run_here(monkeypatch, fresh, "train_gan", [*flags, 10, "--run", "runs/parts", "--resume"], 1)
+    bar = capsys.readouterr().err                     # in a log: what it begins and ends with
+    assert re.findall(r"(\d+)/10 \[", bar) == ["4", "10"] and ", loss_adv " in bar
     assert same_runs(fresh / "runs/ours", fresh / "runs/parts")
 
 
@@ -301,14 +319,18 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(fresh, script, term,
         run_here(monkeypatch, fresh, script, flags, every)
     path = fresh / ("runs/ours/last.pt" if script == "train_gan" else "runs/nan/pretrain.pt")
     assert load_checkpoint(path, ["gan", "pretrain"], "")["step"] == 4
+    assert every > 1 or len(calls) == (10 if script == "train_gan" else 5)    # it stops at once
 
 
 def test_losses_that_are_read_late_are_the_same(fresh, monkeypatch):
     """On a GPU the losses of many steps are read at once; no row of the log may differ."""
-    after = []
+    after, ticks = [], count(0, 0.5)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(ticks))
     for every in (1, 20):
         run_here(monkeypatch, fresh, "train_gan", GAN + RARELY + ["--overwrite"], every)
         after.append(load_checkpoint(fresh / "runs/ours/last.pt", ["gan"], ""))
+        rates = {row[train_gan.COLUMNS.index("images_per_s")] for row in after[-1]["log"]}
+        assert rates == ({4} if every == 1 else {8})          # 2 images, read every half second
     assert len(after[0]["log"]) == 10 and equal(*map(without_clock, after))
 
 

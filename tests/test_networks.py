@@ -40,6 +40,7 @@ def test_to_float_and_to_uint8_are_inverse():
     assert torch.equal(to_uint8(x), values)
     assert torch.equal(to_uint8(x + 0.3 / 127.5), values)                 # rounded, not cut
     assert to_uint8(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
+    assert torch.equal(to_uint8(x.bfloat16()), to_uint8(x.bfloat16().float()))
 
 
 # ------------------------------------------------------------------------------- Inception
@@ -207,7 +208,7 @@ def test_failed_download_names_the_other_choices(tmp_path, monkeypatch, error):
 def test_imagenet_is_torchvisions_state_dict(monkeypatch, full):
     """"imagenet" takes what torchvision gives (here a stand-in), classifier and all."""
     monkeypatch.setattr(torchvision.models.Inception_V3_Weights, "get_state_dict",
-                        lambda *_, **__: full.state_dict())
+                        lambda _, **said: said["check_hash"] and full.state_dict())
     net = load_inception("imagenet", "Conv2d_1a_3x3")
     assert torch.equal(net[0].conv.weight, full.Conv2d_1a_3x3.conv.weight)
 
@@ -260,8 +261,12 @@ def test_bfloat16_changes_the_arithmetic_not_the_interface():
         got = plain(x)
     assert got.dtype == torch.bfloat16 and list(plain.state_dict()) == keys
     assert not torch.equal(got, wanted) and (got - wanted).abs().max() < 0.02
-    with autocast(torch.device("cpu"), "float32"):
-        assert torch.equal(plain(x), wanted)
+    for precision in ("float32", "tf32"):                      # tf32 is a GPU's
+        with autocast(torch.device("cpu"), precision):
+            assert torch.equal(plain(x), wanted)
+    with autocast(torch.device("cpu"), "bfloat16"):            # a step inside it counts at once
+        plain(x), plain.last.bias.data.add_(1)
+        assert not torch.equal(plain(x), got)
 
 
 def test_losses_stay_float32():
@@ -282,7 +287,7 @@ def test_losses_stay_float32():
     (0.1, "float32", "2.00"), (0.1, "bfloat16", "2.00"), (1, "float32", ""), (1, "bfloat16", "0.20")])
 def test_the_speed_of_bfloat16_is_said(seconds, asked, said, monkeypatch):
     """On a CPU, measured: where it is asked for, and where it is worth a try."""
-    ticks = iter([0, 0.2] * 4 + [0, seconds] * 4)
+    ticks = iter([0, 9] + [0, 0.2] * 3 + [0, 9] + [0, seconds] * 3)   # the first warms up
     monkeypatch.setattr(training.time, "perf_counter", lambda: next(ticks))
     assert training.precision_note(torch.device("cuda"), asked) == ""
     note = training.precision_note(torch.device("cpu"), asked)

@@ -2,11 +2,12 @@
 import os
 import random
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import call, fill, noise
+from conftest import call, fill, noise, save
 from PIL import Image
 
 import refine
@@ -44,9 +45,8 @@ def test_tiles_are_r_of_the_whole(seed, monkeypatch):
 def pictures(tmp_path_factory):
     """own/ with pictures of many kinds and what is none, and two refiners."""
     cwd = tmp_path_factory.mktemp("pictures")
-    (cwd / "own/a b").mkdir(parents=True)
-    for i, name in enumerate(["1.png", "a b/2.JPG", "a b/ä.webp", "4.bmp"]):
-        noise(i, (20 + i, 30 + 3 * i)).save(cwd / "own" / name)
+    for i, name in enumerate(["1.png", "a b/2.JPG", "c/d/ä.webp", "4.bmp"]):
+        save(cwd / "own" / name, noise(i, (20 + i, 30 + 3 * i)))
     exif = Image.Exif()
     exif[0x0112] = 6
     noise(5, (20, 40)).save(cwd / "own/upright.jpg", exif=exif)
@@ -65,7 +65,7 @@ def test_a_folder_of_pictures(pictures):
     command = ["refine.py", "--checkpoint", "one.pt", "--images", "own", "--out", "new"]
     out, _ = call(*command, cwd=pictures)
     made = sorted(str(p.relative_to(pictures / "new")) for p in (pictures / "new").rglob("*.png"))
-    assert made == ["1.png", "4.png", "a b/2.png", "a b/ä.png", "small.png", "upright.png"]
+    assert made == ["1.png", "4.png", "a b/2.png", "c/d/ä.png", "small.png", "upright.png"]
     R = wild_refiner()
     for name in made:
         (source,) = [p for p in (pictures / "own").rglob("*") if p.stem == (pictures / name).stem]
@@ -130,7 +130,13 @@ def test_reading_a_set_takes_no_more_memory_than_it_has(tmp_path):
     assert size == 120 * 200 * 300 * 3 and peak < 1.1 * size
 
 
-def test_a_set_that_does_not_fit_is_one_line_before_it_is_read(tmp_path):
-    check_memory(tmp_path, (10, 3, 24, 48))
+def test_a_set_that_does_not_fit_is_one_line_before_it_is_read(tmp_path, monkeypatch):
+    fill(tmp_path / "images", 3, (200, 300))                             # 540,000 bytes
+    free = "MemFree: 9 kB\nMemAvailable: {} kB".format
+    monkeypatch.setattr(Path, "read_text", lambda _: free(530))          # of 1024 bytes
+    load_images(tmp_path)
+    monkeypatch.setattr(Path, "read_text", lambda _: free(520))
+    with pytest.raises(UserError, match="3 images of 200 x 300 need 0.0 GB"):
+        load_images(tmp_path)
     with pytest.raises(UserError, match=r"1000000 images of 512 x 1024 need 1572.9 GB .*--limit"):
         check_memory(tmp_path, (10 ** 6, 3, 512, 1024))

@@ -7,15 +7,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, call, fill
 
 import study.run as run
 from prepare import load_images
-from study import report
-from support.cli import UserError
-from support.training import to_float
+from study import demo, report
+from support import figures
+from support.cli import UserError, write_json, write_text
+from support.training import save_checkpoint, to_float
 
 README = ROOT / "study/README.md"
 RECORDS = sorted((ROOT / "study/results").glob("*-*.json"))
@@ -318,6 +320,42 @@ def test_colour_gives_the_mean_and_the_deviation_of_real(project, tmp_path):
         assert (tmp_path / "colour/train/labels" / label.name).read_bytes() == label.read_bytes()
     _, err = call("study/colour.py", *flags, project / "data/synthetic", cwd=tmp_path, status=2)
     assert "not made by" in err
+
+
+def test_the_demo_ends_in_one_picture(tmp_path, monkeypatch, capsys):
+    """study.demo: every number at its place, of a log that is shorter than its window."""
+    rows, drawn, save = ["synthetic", "ours", "real"], [], figures.save_figure
+    for row in rows:
+        fill(tmp_path / "data" / row / "test/images", 5, (24, 48))
+    scores = {a: {b: {"mIoU": (3 * i + j) / 10} for j, b in enumerate(rows)}
+              for i, a in enumerate(rows)}
+    write_json(tmp_path / "results/segment_unet.json", {
+        "seeds": [0], "scores": {"0": scores}, "domains": rows, "images": 7, "epochs": 3,
+        "test_images": {"real": 5}})
+    write_json(tmp_path / "results/table2.json", {
+        "label": "FID", "n": 5, "rows": {"ours": {"scores": {"fid": {"value": 12.34}}}}})
+    write_text(tmp_path / "runs/ours/log.csv",
+               "step,ssim,d_loss_real,d_loss_refined\n1,nan,1,8\n2,0.5,2,6\n")
+    save_checkpoint(tmp_path / "runs/ours/gan.pt", "best", step=2)
+    monkeypatch.setattr(figures, "save_figure",
+                        lambda path, figure: (drawn.append(figure), save(path, figure)))
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--base", str(tmp_path)])
+    demo.main()
+    out = capsys.readouterr().out
+    assert "ours        0.500 mIoU  " + "#" * 25 + "\n" in out and "12.3\n" in out
+    assert (tmp_path / "summary.png").is_file()
+    *strips, ssim, _, _, bars, matrix = drawn[0].axes
+    assert [axis.get_ylabel() for axis in strips] == ["synthetic", "refined", "real"]
+    assert strips[0].images[0].get_array().shape == (24, 5 * 48, 3)
+    assert dict(ssim.lines[0].get_xydata()) == {2: 0.5}
+    names = [text.get_text() for text in bars.get_yticklabels()]
+    assert dict(zip(names, [bar.get_width() for bar in bars.patches])) == {
+        "real": 0.8, "ours": 0.5, "synthetic": 0.2}
+    assert {text.get_position(): text.get_text() for text in matrix.texts} == {
+        (j, i): f"{(3 * i + j) / 10:.3f}" for i in range(3) for j in range(3)}
+    assert matrix.get_xlabel() == "tested on" and matrix.get_ylabel() == "trained on"
+    figures.draw_matrix(matrix, np.array([[50.0, 60.0]]), ["a"], ["b", "c"], "accuracy")
+    assert matrix.texts[-1].get_text() == "60.0"
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
