@@ -52,36 +52,29 @@ class Found(NamedTuple):
 # -------------------------------------------------------------------------- what lies below
 
 
-def files_below(folder):
-    """Every file below a folder but those whose name begins with a dot. Links are followed after
-    all else, and no folder is entered twice, so circles end."""
-    found, seen, folders, links = [], set(), [folder], []
-    while folders or links:
-        here = (folders or links).pop(0)
-        if os.path.realpath(here) in seen:
-            continue
-        seen.add(os.path.realpath(here))
-        for entry in sorted(os.scandir(here), key=lambda entry: entry.name):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(here / entry.name)
-            else:
-                found.append(here / entry.name)
-    return sorted(found)
-
-
 def pictures_below(folder):
-    """(every picture below a folder, sorted, how many other files there are of each ending)."""
+    """(every picture below a folder, sorted, how many other files there are of each ending).
+
+    Names that begin with a dot are passed over. Links to folders are followed after all else, and
+    no folder is entered twice, so circles end."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    pictures, others = [], Counter()
-    for path in files_below(folder):
-        if path.suffix.lower() in ENDINGS:
-            pictures.append(path)
-        else:
-            others[path.suffix.lower() or "without ending"] += 1
-    return pictures, others
+    pictures, others, seen, folders, links = [], Counter(), set(), [folder], []
+    while folders or links:
+        here = (folders or links).pop(0)
+        if here.resolve() in seen:
+            continue
+        seen.add(here.resolve())
+        for path in sorted(here.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+            elif path.suffix.lower() in ENDINGS:
+                pictures.append(path)
+            else:
+                others[path.suffix.lower() or "without ending"] += 1
+    return sorted(pictures), others
 
 
 def only_photographs(folder, pictures):
