@@ -26,9 +26,8 @@ from support.cli import (UserError, cpus, lock, parser, path_of, positive, start
                          write_png)
 from support.images import read_stack, sha256_of
 from support.raw import (IGNORE, UNREADABLE, Found, Frame, by_ending, check_labels,
-                         check_settings, find_cityscapes, find_folder, find_gta5, is_turned,
-                         own_table, palette_of, read_classes, read_label, read_record, read_rgb,
-                         usable)
+                         check_settings, find_cityscapes, find_folder, find_gta5, own_table,
+                         palette_of, read_classes, read_label, read_record, read_rgb, usable)
 
 # The 19 classes that GTA-V and Cityscapes share (section 4.1). Row i is trainId i:
 # name, Cityscapes labelId, colour (cityscapesScripts labels.py).
@@ -220,10 +219,8 @@ def make_frame(frame, folder, args):
     try:
         if len(f"{frame.name}.png.tmp".encode()) > 255:
             raise ValueError("its name is too long, with its folders, for a file system")
-        image, label = read_rgb(frame.image), None
+        image, label = read_rgb(frame.image, labelled=bool(frame.label)), None
         if frame.label:
-            if is_turned(frame.image):
-                raise ValueError("EXIF turns it, but not its label; turn both and save them anew")
             label, highest = read_label(frame.label, frame.ids or "labelIds", args.table)
             if label.size != image.size:
                 raise ValueError("image is {}x{}, label is {}x{}".format(*image.size, *label.size))

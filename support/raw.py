@@ -223,22 +223,19 @@ def opened(path):
     return image
 
 
-def is_turned(path):
-    """Whether a camera noted that the picture is to be turned."""
-    with opened(path) as image:
-        return image.getexif().get(ORIENTATION, 1) != 1
-
-
-def read_rgb(path):
+def read_rgb(path, labelled=False):
     """A picture as RGB, turned upright if a camera noted how it was held.
 
     Grey, palette and opaque RGBA are converted. CMYK (no profile says which colours), 16-bit
-    grey (any range) and what is transparent (no picture there) are refused: ValueError."""
+    grey (any range), what is transparent (no picture there) and, if it is `labelled`, what is to
+    be turned are refused: ValueError."""
     with opened(path) as image:
         if image.mode not in ("RGB", "L", "P", "RGBA", "LA", "1"):
             raise ValueError(f"image mode {image.mode}, wanted 8-bit RGB")
         if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
             raise ValueError("it has transparent pixels, wanted an opaque image")
+        if labelled and image.getexif().get(ORIENTATION, 1) != 1:
+            raise ValueError("EXIF turns it, but not its label; turn both and save them anew")
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
