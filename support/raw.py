@@ -79,14 +79,13 @@ def pictures_below(folder):
 
 def only_photographs(folder, pictures):
     """UserError if label maps are among the pictures of a folder that was given for its images."""
-    parents = {above for path in pictures for above in path.parents if above.is_relative_to(folder)}
-    for parent in sorted(parents - {folder}):
-        beside = {p.name.lower(): p for p in parent.parent.iterdir()}
-        meant = [str(beside[name]) for name in IMAGE_FOLDERS & beside.keys()]
-        if parent.name.lower() in LABEL_FOLDERS:
-            raise UserError(f"{folder}: holds label maps too, in {parent}; give "
-                            f"{meant[0] if meant else 'the folder of the photographs alone'}")
     for path in pictures:
+        for parent in path.relative_to(folder).parents:
+            if parent.name.lower() in LABEL_FOLDERS:
+                beside = sorted((folder / parent).parent.iterdir())
+                meant = [str(other) for other in beside if other.name.lower() in IMAGE_FOLDERS]
+                raise UserError(f"{folder}: holds label maps too, in {folder / parent}; give "
+                                f"{meant[0] if meant else 'the folder of the photographs alone'}")
         if path.stem.lower().endswith(tuple(f"_{kind}".lower() for kind in KINDS)):
             raise UserError(f"{path}: is a label map, so {folder} is no folder of images alone; "
                             "give the folder of the photographs")
