@@ -106,26 +106,23 @@ def match_labels(keys, labels, ids):
     ids: what they hold, unless a name says it. Returns {key: (label, its ids)}, the labels without
     an image, and how many other files there are, by ending."""
     pictures, others = pictures_below(labels)
-    by_key = {}
-    for path in pictures:
-        key, kind = key_of(path, labels)
-        kinds = by_key.setdefault(key, {})
-        if kind not in kinds or path.suffix.lower() == ".png":
-            kinds[kind] = path
-    wanted = ["", "labelIds", "labelTrainIds"]
+    wanted = ["", "labelIds", "labelTrainIds"]       # of an image's labels the first of these
     if ids == "trainIds":
         wanted = wanted[::-1]
-    label_of, alone = {}, []
-    named = [kinds["labelIds"] for kinds in by_key.values() if "labelIds" in kinds]
+    best = {}
+    for path in pictures:
+        key, kind = key_of(path, labels)
+        if kind in wanted:                           # and of two of a kind the PNG
+            label = wanted.index(kind), path.suffix.lower() != ".png", path
+            best[key] = min(label, best.get(key, label))
+    named = [path for rank, _, path in best.values() if wanted[rank] == "labelIds"]
     said = {"": ids, "labelIds": what_ids(named, ids), "labelTrainIds": "trainIds"}
-    for key, kinds in by_key.items():
-        kind = next((kind for kind in wanted if kind in kinds), None)
-        if kind is None:
-            continue
+    label_of, alone = {}, []
+    for key, (rank, _, path) in best.items():
         if key in keys:
-            label_of[key] = kinds[kind], ids if ids == "classes" else said[kind]
-        elif kind == "":
-            alone.append(kinds[kind])
+            label_of[key] = path, ids if ids == "classes" else said[wanted[rank]]
+        elif wanted[rank] == "":
+            alone.append(path)
     used = {path for path, _ in label_of.values()}.union(alone)
     for path in set(pictures) - used:
         kind = key_of(path, labels)[1]
