@@ -155,7 +155,7 @@ def find_folder(images, labels, ids, short=False):
     if not pictures:
         raise UserError(f"{images}: no images that Pillow reads in or below it")
     only_photographs(images, pictures)
-    frames, skipped, label_of, taken, seen = [], [], {}, {}, set()
+    frames, skipped, label_of, alone, taken, seen = [], [], {}, [], {}, set()
     if labels:
         keys = {key_of(file, images)[0] for file in pictures}
         label_of, alone, others = match_labels(keys, labels, ids)
@@ -175,8 +175,9 @@ def find_folder(images, labels, ids, short=False):
             skipped.append((file, f"no label {labels / key}.png"))
         else:
             frames.append(Frame(name, file, *label_of.get(key, (None, ids))))
-    if labels:
-        skipped += [(file, "a label without an image") for file in alone]
+    if not frames:
+        raise UserError("{}: none has its label; {}: {}".format(images, *skipped[0]))
+    skipped += [(file, "a label without an image") for file in alone]
     return Found(sorted(frames), skipped, unread)
 
 
