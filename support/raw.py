@@ -308,25 +308,23 @@ def lookup(ids, table):
     return known
 
 
-def by_colour(values, used, colours, ids, table):
-    """trainIds as the colours of a palette say, or None where they say no more than `values`: all
-    that are `used` must be Cityscapes', and one at least not at its own place."""
-    official, meaning = palette_of(table), {(0, 0, 0): IGNORE}
+def by_colour(used, colours, ids, table):
+    """Raw value -> trainId as the colours of a palette say, uint8 [256], or None where they say no
+    more than the values: all that are `used` must be Cityscapes', one at least not at its place."""
+    official = {row[1] if ids == "labelIds" else i: row[2] for i, row in enumerate(table)}
     if ids == "labelIds":
-        official = np.zeros((256, 3), np.uint8)
-        for label_id, colour in [*VOID_COLOURS.items(), *[row[1:] for row in table]]:
-            official[label_id] = colour
-    meaning.update(dict.fromkeys(VOID_COLOURS.values(), IGNORE))
+        official.update(VOID_COLOURS)
+    meaning = {(0, 0, 0): IGNORE, **dict.fromkeys(VOID_COLOURS.values(), IGNORE)}
     meaning.update({colour: i for i, (_, _, colour) in enumerate(table)})
-    shown = {i: tuple(map(int, colours[i])) for i in used}
-    at_home = all(colour == tuple(official[i]) for i, colour in shown.items())
+    shown = {i: tuple(colours[i].tolist()) for i in used}
+    at_home = all(colour == official.get(i, (0, 0, 0)) for i, colour in shown.items())
     known = all(colour in meaning for colour in shown.values())
-    if at_home or not known or not any(map(any, shown.values())):
+    if at_home or not known or not colours[used].any():
         return None
     train_id = np.zeros(256, np.uint8)
     for i, colour in shown.items():
         train_id[i] = meaning[colour]
-    return train_id[values]
+    return train_id
 
 
 def check_greys(used, colours, valid):
@@ -343,20 +341,18 @@ def read_label(file, ids, table):
     """A label file as trainIds (PIL mode L), and its highest labelId (255: it holds none). The
     values are the ids; but some programs sort a palette, and then its colours say what is meant."""
     values, colours = read_ids(file)
-    known = lookup(ids, table)
+    used, known = np.flatnonzero(np.bincount(values.ravel(), minlength=256)), lookup(ids, table)
     if colours is not None:
-        used = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
-        label = None if ids == "classes" else by_colour(values, used, colours, ids, table)
-        if label is not None:
-            return Image.fromarray(label), 255
+        meant = None if ids == "classes" else by_colour(used, colours, ids, table)
+        if meant is not None:
+            return Image.fromarray(meant[values]), 255
         check_greys(used, colours, known != UNKNOWN)
-    label = known[values]
-    if (label == UNKNOWN).any():
-        bad = np.unique(values[label == UNKNOWN])
+    bad = used[known[used] == UNKNOWN]
+    if bad.size:
         raise ValueError(f"label ids {', '.join(map(str, bad[:5]))} are not {ids} of the "
                          f"{len(table)} classes")
-    highest = 255 if ids != "labelIds" else int(values[values < 255].max(initial=0))
-    return Image.fromarray(label), highest
+    highest = 255 if ids != "labelIds" else int(used[used < 255].max(initial=0))
+    return Image.fromarray(known[values]), highest
 
 
 def check_labels(domain, made, ids):
