@@ -247,14 +247,12 @@ def make_domain(domain, parts, args):
     done, skipped, tried = {}, [], set()
     for split in ("test", "train"):
         folder, part = args.out / domain / split, parts[domain, split]
-        for kind in ("images", "labels"):
-            (folder / kind).mkdir(parents=True, exist_ok=True)
-        frames = {frame.name: frame for frame in part.frames if frame not in tried}
+        frames = [frame for frame in part.frames if frame not in tried]
         make = partial(make_toy if args.demo else make_frame, folder=folder, args=args)
-        made = usable(make, list(frames.values()), part.wanted or len(frames), args.workers)
-        done[split] = {name: one for name, one in made.items() if not one.why}
-        skipped += [(frames[name].image, one.why) for name, one in made.items() if one.why]
-        tried.update(frames[name] for name in made)
+        made = usable(make, frames, part.wanted or len(frames), args.workers)
+        done[split] = {frame.name: one for frame, one in made.items() if not one.why}
+        skipped += [(frame.image, one.why) for frame, one in made.items() if one.why]
+        tried.update(made)
         if not done[split]:
             raise UserError(f"{domain}/{split}: all of its frames were skipped, the last because: "
                             "{}: {}".format(*skipped[-1]))

@@ -399,14 +399,14 @@ def check_settings(file, settings):
 
 
 def usable(make, frames, wanted, workers):
-    """Try frames in turn until `wanted` are usable: {name: what make(frame) has returned} of those
+    """Try frames in turn until `wanted` are usable: {frame: what make(frame) has returned} of those
     and of the bad before them, whose `why` says what is wrong."""
     done, missing, round_ = {}, wanted, 0
     while frames and missing:
         some, frames = frames[:missing << round_], frames[missing << round_:]
         for made, frame in zip(in_parallel(make, some, workers), some):
             if made.why or missing:
-                done[frame.name] = made
+                done[frame] = made
                 missing -= not made.why
         round_ += 1                                  # more at once, should all of them be bad
     return done
