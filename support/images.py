@@ -33,12 +33,11 @@ def read_png(file, mode):
     """A prepared image, uint8 [3, H, W], or label, [H, W]; UserError if it has another mode."""
     try:
         with Image.open(file) as image:
-            array = np.array(image) if image.mode == mode else None
+            if image.mode != mode:
+                raise ValueError(f"it is no {mode} image")
+            return np.moveaxis(np.array(image), -1, 0) if mode == "RGB" else np.array(image)
     except UNREADABLE as error:
         raise UserError(f"{file}: cannot be read ({error}); prepare the data again") from None
-    if array is None:
-        raise UserError(f"{file}: not a {mode} image; prepare the data again")
-    return np.moveaxis(array, -1, 0) if mode == "RGB" else array
 
 
 def read_stack(files, mode):
