@@ -114,8 +114,15 @@ class Part(NamedTuple):
     wanted: int | None
 
 
+def toy_frames(part, count):
+    """Frames of the toy town: each is drawn from its number and the part that it is in."""
+    return Found([Frame(f"{i:05d}", Path(part), None, None) for i in range(count)], [], Counter())
+
+
 def find(domain, args):
     """What there is of a domain to train on and, if the data set says so, to test on, or None."""
+    if args.demo:
+        return toy_frames("train", args.limit or 600), toy_frames("test", args.test or 200)
     for raw in filter(None, (args.gta5, args.cityscapes, *(getattr(args, domain) or []))):
         if raw.resolve() in (args.out.resolve(), *args.out.resolve().parents):
             raise UserError(f"--out {args.out} lies in {raw}, which is read; choose another --out")
@@ -166,16 +173,6 @@ def plan(args):
         parts[domain, "test"], parts[domain, "train"] = split(
             domain, train.frames, test and test.frames, args, rng)
     return parts, found
-
-
-def plan_demo(args):
-    """What `plan` returns for the toy town: frame i of a split is drawn from its number."""
-    parts = {}
-    for domain in ("synthetic", "real"):
-        for part, count in (("test", args.test or 200), ("train", args.limit or 600)):
-            frames = [Frame(f"{i:05d}", Path(part), None, None) for i in range(count)]
-            parts[domain, part] = Part(frames, count)
-    return parts, Found(sum((part.frames for part in parts.values()), []), [], Counter())
 
 
 # ------------------------------------------------------------------------- making one frame
@@ -362,7 +359,7 @@ def main():
         args.label_ids = "classes"
 
     # 1. Which raw frame goes where.
-    parts, found = plan_demo(args) if args.demo else plan(args)
+    parts, found = plan(args)
     if args.strict and found.skipped:
         raise UserError("{}: {} (--strict)".format(*found.skipped[0]))
     print(f"prepare.py: {len(found.frames)} frames -> {args.out}/, {args.size[0]} x "

@@ -109,11 +109,11 @@ def test_bad_frames_do_not_eat_test_and_limit(tmp_path, seed):
 @pytest.mark.parametrize("count, test", [(4, 2), (10, 3), (40, 8), (2000, 200)])
 def test_the_default_for_test_is_200_or_a_fifth(count, test):
     """Of official test frames: 200. The toy town has 200 and 600."""
-    args, random = SimpleNamespace(test=None, limit=None), np.random.default_rng(0)
+    args, random = SimpleNamespace(test=None, limit=None, demo=True), np.random.default_rng(0)
     held_out, train = prepare.split("real", range(count), None, args, random)
     assert held_out.wanted == test and len(train.frames) == count - test
     assert prepare.split("real", range(9), range(count), args, random)[0].wanted == min(200, count)
-    assert [part.wanted for part in prepare.plan_demo(args)[0].values()] == [200, 600] * 2
+    assert [len(found.frames) for found in prepare.find("real", args)] == [600, 200]
 
 
 def test_a_folder_that_holds_labels_too_is_refused(tmp_path):
