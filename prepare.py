@@ -319,15 +319,12 @@ def arguments():
 
 def check_flags(p, args):
     """Refuse flags that do not fit each other; make --crop numbers."""
-    if not args.crop:
-        args.crop = "200 600 400 600".split() if args.gta5 or args.cityscapes else ["none"]
-    if args.crop == ["none"]:
-        args.crop = None
-    elif len(args.crop) == 4 and all(n.isdecimal() for n in args.crop) \
-            and int(args.crop[2]) and int(args.crop[3]):
-        args.crop = [int(n) for n in args.crop]
-    else:
+    papers = "200 600 400 600" if args.gta5 or args.cityscapes else "none"
+    crop = args.crop or papers.split()
+    numbers = [int(n) for n in crop if n.isdecimal()]
+    if crop != ["none"] and (not len(crop) == len(numbers) == 4 or 0 in numbers[2:]):
         p.error("--crop wants four numbers (TOP LEFT HEIGHT WIDTH) or none")
+    args.crop = numbers or None
     if min(args.size) < 24 or max(args.size) > 4096:
         p.error(f"--size {args.size[0]} {args.size[1]}: from 24 x 24 to 4096 x 4096")
     if args.demo and (args.gta5 or args.cityscapes or args.synthetic or args.real):
@@ -336,9 +333,8 @@ def check_flags(p, args):
         p.error("--gta5 or --synthetic, --cityscapes or --real: one source a domain")
     if args.classes and (args.gta5 or args.cityscapes or args.demo or args.label_ids):
         p.error("--classes goes with --synthetic and --real, whose labels hold its numbers")
-    for flag in ("synthetic", "real"):
-        if len(getattr(args, flag) or [1]) > 2:
-            p.error(f"--{flag} wants one or two folders: IMAGES [LABELS]")
+    if max(len(args.synthetic or []), len(args.real or [])) > 2:
+        p.error("--synthetic and --real want one or two folders: IMAGES [LABELS]")
 
 
 def settings_of(args):
