@@ -51,8 +51,6 @@ FRAMES = 48                                          # full-size ones, of each d
 
 def seconds(function, device):
     """Wall time of one call, to the end of its work on `device`."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
     begin = time.perf_counter()
     function()
     if device.type == "cuda":
@@ -61,14 +59,18 @@ def seconds(function, device):
 
 
 def in_turns(functions, device, repeats):
-    """Call each once to warm up, then all in turns: a list of `repeats` times for each."""
-    for function in functions:
+    """Call all in turns, once to warm up: the `repeats` times of each that follow."""
+    rounds = []
+    for _ in range(1 + repeats):
+        rounds.append([seconds(function, device) for function in functions])
+    return list(zip(*rounds[1:]))
+
+
+def flops(function):
+    """The floating-point operations of one call, as PyTorch counts them."""
+    with FlopCounterMode(display=False) as counter:
         function()
-    times = [[] for _ in functions]
-    for _ in range(repeats):
-        for function, own_times in zip(functions, times):
-            own_times.append(seconds(function, device))
-    return times
+    return counter.get_total_flops()
 
 
 class Table:
@@ -80,15 +82,9 @@ class Table:
 
     def add(self, name, times, value, unit, ratios, against):
         """A row. times: seconds; value: what is shown of them; ratios: a list."""
-        ratio = statistics.median(ratios) if ratios else None
-        self.rows.append({"name": name, "value": value, "unit": unit, "ratio": ratio,
-                          "against": against, "times": times})
-        cells = self.cells(self.rows[-1])
-        print(f"{cells[0]:42s} {cells[1]:>18s} {cells[2]:>7s}  {cells[3]}", flush=True)
-
-    def absent(self, name, why):
-        """A row that cannot be measured here."""
-        self.add(name, [], None, "", [], why)
+        self.rows.append({"name": name, "value": value, "unit": unit, "against": against,
+                          "ratio": statistics.median(ratios), "times": times})
+        print("{:42s} {:>18s} {:>7s}  {}".format(*self.cells()[-1]), flush=True)
 
     def compare(self, name, function, other, against, work=None):
         """How many times faster `function` is than `other`. work: images in a call, if images a
@@ -99,55 +95,51 @@ class Table:
             value, unit = work / value, "images/s"
         self.add(name, a, value, unit, [y / x for x, y in zip(a, b)], against)
 
-    def cells(self, row):
-        value = "-" if row["value"] is None else f"{row['value']:.4g} {row['unit']}"
-        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        return [row["name"], value, ratio, row["against"]]
-
-    def markdown(self):
-        return markdown_table(["what", "median", "ratio", "against"],
-                              [self.cells(row) for row in self.rows])
+    def cells(self):
+        """The rows as texts."""
+        return [[row["name"], f"{row['value']:.4g} {row['unit']}", f"{row['ratio']:.2f}",
+                 row["against"]] for row in self.rows]
 
 
 # ----------------------------------------------- the straightforward loop, what students write
 
 
-class PlainBlock(nn.Module):
-    """A ResNet block with padding="same": PyTorch pads by hand, since 4 is even."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2 = (nn.Conv2d(64, 64, 4, padding="same") for _ in range(2))
-
-    def forward(self, x):
-        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
-
-
 def plain_refiner():
-    """R with as many parameters as models.Refiner, zero padding."""
+    """R of models.py but padding="same" in its blocks: PyTorch pads by hand, since 4 is even."""
     warnings.filterwarnings("ignore", "Using padding='same'")     # that it copies is the point
-    return nn.Sequential(nn.Conv2d(3, 64, 4, padding="same"), nn.ReLU(),
-                         *[PlainBlock() for _ in range(5)], nn.Conv2d(64, 3, 1), nn.Tanh())
+    R = Refiner()
+    for block in R.blocks:
+        block.conv1, block.conv2 = (nn.Conv2d(64, 64, 4, padding="same") for _ in range(2))
+    return R
 
 
-def plain_step(R, D, optimizers, batches, history):
-    """The same algorithm as train_gan.py's step: nothing frozen, nothing detached, the history
-    a Python list of float images."""
-    x1, x2, x3, y = batches
-    for x in (x1, x2):
-        refined = R(x)
-        loss = 50 * patch_loss(D(refined), REAL) + 78.6 * (refined - x).abs().mean()
-        optimizers[0].zero_grad()
+def straightforward_step(size, n, device):
+    """The same algorithm as `gan_step`: nothing frozen, nothing detached, the history a Python
+    list of float images."""
+    torch.manual_seed(0)
+    R, D = plain_refiner().to(device), Discriminator().to(device)
+    optimizer_R = torch.optim.SGD(R.parameters(), 1e-4)
+    optimizer_D = torch.optim.SGD(D.parameters(), 1e-3, momentum=0.9)
+    x = to_float(images(n, size, device))
+    history = list(x.repeat(2, 1, 1, 1))
+
+    def descend(optimizer, loss):
+        optimizer.zero_grad()
         loss.backward()
-        optimizers[0].step()
-    refined = R(x3)
-    old = torch.stack([history[i] for i in torch.randint(len(history), (len(x3),)).tolist()])
-    loss = patch_loss(D(torch.cat([refined, old])), REFINED) + patch_loss(D(y), REAL)
-    optimizers[1].zero_grad()
-    loss.backward()
-    optimizers[1].step()
-    for image in refined.detach():
-        history[torch.randint(len(history), ()).item()] = image
+        optimizer.step()
+
+    def step():
+        for _ in range(2):
+            refined = R(x)
+            descend(optimizer_R, 50 * patch_loss(D(refined), REAL)
+                    + 78.6 * (refined - x).abs().mean())
+        new = R(x[n // 2:])
+        old = torch.stack([history[i] for i in torch.randint(len(history), (n // 2,))])
+        descend(optimizer_D, patch_loss(D(torch.cat([new, old])), REFINED)
+                + patch_loss(D(x), REAL))
+        for image in new.detach():
+            history[torch.randint(len(history), ())] = image
+    return step
 
 
 # -------------------------------------------------------------------------- what is timed
@@ -169,10 +161,10 @@ def gan_step(size, n, device, precision="float32", compile=False, layout=None):
         R.compile(), D.compile()
     optimizer_R = make_optimizer("sgd", R.parameters(), 1e-4)
     optimizer_D = make_optimizer("momentum", D.parameters(), 1e-3)
-    data = images(n, size, device)
+    data, n_old = images(n, size, device), n // 2
     history = train_gan.History(2 * n, torch.Generator().manual_seed(0), device)
     history.add(data)
-    average, n_old = copy.deepcopy(R), n // 2
+    average = copy.deepcopy(R)
 
     def step():
         pick_device(device.type, precision)               # a flag of PyTorch, for all steps alike
@@ -185,26 +177,14 @@ def gan_step(size, n, device, precision="float32", compile=False, layout=None):
     return step
 
 
-def straightforward_step(size, n, device):
-    """The same step by `plain_step`."""
-    torch.manual_seed(0)
-    R, D = plain_refiner().to(device), Discriminator().to(device)
-    optimizers = [torch.optim.SGD(R.parameters(), 1e-4),
-                  torch.optim.SGD(D.parameters(), 1e-3, momentum=0.9)]
-    x = to_float(images(n, size, device))
-    history = list(x.repeat(2, 1, 1, 1))
-    return lambda: plain_step(R, D, optimizers, (x, x, x[:max(n // 2, 1)], x), history)
-
-
 def convolution(size, n, device):
-    """The floor: a 4x4 convolution of 64 maps to 64 of H x W, forward and backward. Returns the
-    function and its FLOP."""
+    """The floor: a 4x4 convolution of 64 maps to 64 of H x W, forward and backward."""
     layout = learning_layout(device)
     x, grad = (torch.randn(n, 64, size[0] + k, size[1] + k, device=device).to(
         memory_format=layout) for k in (3, 0))
     conv = nn.Conv2d(64, 64, 4).to(device, memory_format=layout)
     x.requires_grad_()
-    return (lambda: conv(x).backward(grad)), 3 * 2 * n * 64 * 64 * 16 * size[0] * size[1]
+    return lambda: conv(x).backward(grad)
 
 
 def segment_step(net, size, n, device):
@@ -238,22 +218,14 @@ def sqrtm_fid(a, b):
     return (a.mean(0) - b.mean(0)).square().sum().item() + s1.trace() + s2.trace() - 2 * root
 
 
-def draw_raw(folder, count, size=(1052, 1914)):
-    """`count` full-size frames (8 different ones) with labels, as GTA-V's: PNG of about 2.5 MB."""
-    random = np.random.default_rng(0)
-    for kind in ("images", "labels"):
+def draw_raw(folder):
+    """A frame and a label of GTA-V's size, as PNG of about 2.5 MB and less, under FRAMES names."""
+    frame = Image.effect_noise((1914, 1052), 8).convert("RGB")
+    for kind, image in (("images", frame), ("labels", Image.new("L", frame.size, 21))):
         (folder / kind).mkdir(parents=True)
-    for i in range(min(count, 8)):
-        coarse = Image.fromarray(random.integers(0, 256, (24, 48, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize(size[::-1], Image.BICUBIC)).astype(np.int16)
-        noisy = smooth + random.integers(-4, 5, smooth.shape, dtype=np.int16)
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(
-            folder / f"images/{i:05d}.png", compress_level=3)
-        ids = random.choice(np.array([7, 11, 21, 23, 26], np.uint8), (24, 48))
-        Image.fromarray(ids).resize(size[::-1], Image.NEAREST).save(folder / f"labels/{i:05d}.png")
-    for i in range(8, count):
-        for kind in ("images", "labels"):
-            os.link(folder / kind / f"{i % 8:05d}.png", folder / kind / f"{i:05d}.png")
+        image.save(folder / kind / "0.png", compress_level=3)
+        for i in range(1, FRAMES):
+            os.link(folder / kind / "0.png", folder / kind / f"{i}.png")
 
 
 # -------------------------------------------------------------------------- the sections
@@ -261,14 +233,12 @@ def draw_raw(folder, count, size=(1052, 1914)):
 
 def bench_gan(table, args):
     """The GAN step: against a convolution, the straightforward loop, other arithmetic."""
-    size, n, device = args.size, args.batch_size, table.device
-    step, (floor, flop) = gan_step(size, n, device), convolution(size, n, device)
-    with FlopCounterMode(display=False) as counter:
-        step()
+    size, n, device = args.size, max(args.batch_size, 2), table.device
+    step, floor = gan_step(size, n, device), convolution(size, n, device)
+    work, least = flops(step), flops(floor)
     a, b = in_turns([step, floor], device, table.repeats)
-    rates = [counter.get_total_flops() / x for x in a]
-    table.add("GAN step, arithmetic", a, statistics.median(rates) / 1e9, "GFLOP/s",
-              [rate / (flop / y) for rate, y in zip(rates, b)], "of a plain convolution's rate")
+    table.add("GAN step, arithmetic", a, work / statistics.median(a) / 1e9, "GFLOP/s",
+              [(work / x) / (least / y) for x, y in zip(a, b)], "of a plain convolution's rate")
     table.compare("GAN step", step, straightforward_step(size, n, device),
                   "the straightforward loop")
     table.compare("GAN step, channels last",
@@ -281,15 +251,12 @@ def bench_gan(table, args):
         table.compare("GAN step, tf32", gan_step(size, n, device, "tf32"), step, "float32")
         table.compare("GAN step, bfloat16 and --compile",
                       gan_step(size, n, device, "bfloat16", True), step, "float32")
-    else:
-        table.absent("GAN step on a GPU: tf32, --compile", "not measured: no GPU")
 
 
 def bench_networks(table, args):
-    """Pre-training, refining, Inception, and the segmentation networks."""
+    """Pre-training, the segmentation networks; what refine.py and evaluate.py run."""
     size, n, device = args.size, max(args.batch_size, 2), table.device
-    R = place(Refiner(), device, learning=True)
-    x = images(n, size, device)
+    R, x = place(Refiner(), device, learning=True), images(n, size, device)
     psi = load_inception("random", "Conv2d_4a_3x3", x.cpu()).to(device)
     adam = make_optimizer("adam", R.parameters(), 1e-4)
     step = gan_step(size, n, device)
@@ -299,22 +266,13 @@ def bench_networks(table, args):
     table.compare("training step of U-Net", unet, step, "a GAN step", n)
     table.compare("training step of DeepLabV3+", segment_step(DeepLabV3Plus(), size, n, device),
                   unet, "U-Net's", n)
-    bench_inference(table, args)
-
-
-@torch.no_grad()
-def bench_inference(table, args):
-    """What refine.py and evaluate.py run."""
-    device, x = table.device, images(16, args.size, table.device)
-    R, plain = place(Refiner(), device), plain_refiner().to(device)
-
-    def refine():
-        return to_uint8(R(to_float(x)))
-    table.compare("refine", refine, lambda: to_uint8(plain(to_float(x))),
-                  "padding='same', channels first", 16)
-    net = load_inception("random", "pool3", x.cpu())
-    table.compare("Inception features", lambda: inception_features(net, x[:4], device), refine,
-                  "refine of 16", 4)
+    some, net = images(16, size, device), place(Refiner(), device)
+    plain, pool3 = plain_refiner().to(device), load_inception("random", "pool3", some.cpu())
+    with torch.no_grad():
+        table.compare("refine", lambda: to_uint8(net(to_float(some))),
+                      lambda: to_uint8(plain(to_float(some))), "padding='same', channels first", 16)
+        table.compare("Inception features", lambda: inception_features(pool3, some[:4], device),
+                      lambda: to_uint8(net(to_float(some))), "refine of 16", 4)
 
 
 def bench_metrics(table, args):
@@ -334,26 +292,24 @@ def bench_metrics(table, args):
 def bench_prepare(table, args):
     """prepare.py on full-size PNGs, through its command line, on two cores and on one."""
     with tempfile.TemporaryDirectory() as folder:
-        draw_raw(Path(folder) / "raw", FRAMES)
+        draw_raw(Path(folder) / "raw")
         raw = [f"{folder}/raw/images", f"{folder}/raw/labels"]
 
         def run(workers):
-            out = f"{folder}/{workers}-{time.monotonic_ns()}"
             subprocess.run([sys.executable, ROOT / "prepare.py", "--synthetic", *raw, "--real",
-                            *raw, "--test", "1", "--out", out, "--workers", str(workers)],
+                            *raw, "--test", "1", "--out", f"{folder}/data", "--workers", workers],
                            check=True, capture_output=True)
-        table.compare("prepare.py, full-size PNG, --workers 2", lambda: run(2), lambda: run(1),
+        table.compare("prepare.py, full-size PNG, --workers 2", lambda: run("2"), lambda: run("1"),
                       "--workers 1", 2 * FRAMES)
 
 
 def machine():
     """The processor as it calls itself, how many cores, and its widest vector instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return (f"{(names or [platform.machine()])[0]}, {os.cpu_count()} cores, "
+            f"{torch.backends.cpu.get_cpu_capability()}")
 
 
 SECTIONS = {"gan": bench_gan, "networks": bench_networks, "metrics": bench_metrics,
@@ -384,7 +340,8 @@ def main():
                                **provenance(args, device)})
         write_text(args.json.with_suffix(".md"), f"{machine()}, {device}, torch "
                    f"{torch.__version__}, {args.size[0]} x {args.size[1]}, batch "
-                   f"{args.batch_size}\n\n{table.markdown()}\n")
+                   f"{args.batch_size}\n\n" + markdown_table(
+                       ["what", "median", "ratio", "against"], table.cells()) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from support.training import to_float
 
 def match(source, real):
     """The function that gives `source` the colours of `real`; both float [N, 3, H, W]."""
-    scale = real.std((0, 2, 3)) / source.std((0, 2, 3)).clamp(min=1e-3)
+    scale = real.std((0, 2, 3)) / source.std((0, 2, 3))
     shift = real.mean((0, 2, 3)) - source.mean((0, 2, 3)) * scale
     return lambda x: x * scale.view(3, 1, 1) + shift.view(3, 1, 1)
 

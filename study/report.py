@@ -27,6 +27,7 @@ CLAIMS = [("training on refined images is better than on synthetic ones", "ours"
           ("the same, refined as printed", "as-printed", "synthetic"),
           ("ours is better than SimGAN: the perceptual pre-training helps", "ours", "simgan"),
           ("ours is better than matched colours: it takes a GAN", "ours", "colour")]
+AIM = 40                                                     # of this repository: % of the gap
 NOTE = ("± is the standard deviation over the seeds, [ ] a 95 % interval of their mean (Student's "
         "t); differences are paired by seed.")
 CHANCE = ("± is what chance explains (95 %), from the spread of all rows together; a bold number is "
@@ -37,14 +38,12 @@ NO_CHANGES = ["synthetic", "real", "colour", "pretrained", "ours"]     # all oth
 # ----------------------------------------------------------------- numbers over the seeds
 
 
-def mean_and_interval(values):
-    """Mean, standard deviation and 95 % interval of the mean; None where one value says none."""
+def mean_and_half(values):
+    """The mean, and half of its 95 % interval, t sd / sqrt(n); None of one value: it says none."""
     mean, n = float(np.mean(values)), len(values)
     if n < 2:
-        return {"mean": mean, "sd": None, "low": None, "high": None, "n": n}
-    sd = float(np.std(values, ddof=1))
-    half = float(student.ppf(0.975, n - 1)) * sd / n ** 0.5
-    return {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "n": n}
+        return mean, None
+    return mean, float(student.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / n ** 0.5
 
 
 def with_spread(by_seed, metric):
@@ -56,11 +55,9 @@ def with_interval(values, digits, sign=""):
     """"0.123 [0.110, 0.136]", or "0.123" of one seed, or "-" of none."""
     if not values:
         return "-"
-    found = mean_and_interval(values)
-    text = f"{found['mean']:{sign}.{digits}f}"
-    if found["sd"] is None:
-        return text
-    return f"{text} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+    mean, half = mean_and_half(values)
+    interval = "" if half is None else f" [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
+    return f"{mean:{sign}.{digits}f}{interval}"
 
 
 def shared_classes(record):
@@ -114,20 +111,17 @@ def gap_closed(by_seed, row, metric):
 
 def rows_in(record, by_seed):
     """The rows that a network was trained on, in the record's order, real last."""
-    trained = set()
-    for rows in by_seed.values():
-        trained |= set(rows)
-    found = [row for row in record["rows"] if row in trained and row != "real"]
-    return found + ["real"] if "real" in trained else found
+    trained = set().union(*by_seed.values())
+    return sorted((row for row in record["rows"] if row in trained), key=lambda row: row == "real")
 
 
 def quality(record, row, metric):
     """{seed: FID, KID x 1000 or SSIM of a row of Table 2}."""
-    found = {}
+    found, scale = {}, 1000 if metric == "kid" else 1
     for seed, numbers in record["seeds"].items():
         of_row = numbers["table2"]["rows"].get(row, {"scores": {}})["scores"]
         if metric in of_row:
-            found[seed] = of_row[metric]["value"] * (1000 if metric == "kid" else 1)
+            found[seed] = scale * of_row[metric]["value"]
     return found
 
 
@@ -136,57 +130,43 @@ def quality(record, row, metric):
 
 def verdict(values, least=0):
     """Whether the mean over the seeds is above `least`, or whether they cannot tell."""
-    found = mean_and_interval(values)
-    if found["sd"] is None or found["low"] <= least <= found["high"]:
+    mean, half = mean_and_half(values)
+    if half is None or abs(mean - least) <= half:
         return "cannot tell"
-    return "holds" if found["low"] > least else "does not hold"
-
-
-def claim_rows(record, network, by_seed):
-    """The rows of the claims table about one segmentation network."""
-    rows = []
-    for text, one, other in CLAIMS:
-        found = difference(by_seed, one, other, "mIoU")
-        if found:
-            accuracy = with_interval(difference(by_seed, one, other, "accuracy"), 1, "+")
-            rows.append([f"{NETWORKS[network]}: {text}", verdict(found),
-                         f"mIoU {with_interval(found, 3, '+')}; accuracy, %: {accuracy}"])
-    gap = gap_closed(by_seed, "ours", "mIoU")
-    if gap:
-        rows.append([f"{NETWORKS[network]}: ours closes 40 % of the gap to real images (an aim of "
-                     "this repository)", verdict(gap, 40), f"{with_interval(gap, 0)} % of mIoU"])
-    return rows
-
-
-def highest_of(by_seed, cells, metric):
-    """Which of some cells (row, domain) of Tables 3 to 6 has the highest mean over the seeds;
-    None where fewer than two of them were measured."""
-    means = {}
-    for row, domain in cells:
-        values = of_seeds(by_seed, row, domain, metric)
-        if values:
-            means[row, domain] = np.mean(values)
-    return max(means, key=means.get) if len(means) > 1 else None
+    return "holds" if mean > least else "does not hold"
 
 
 def diagonal(record, by_network):
     """How often the diagonal of Tables 3 to 6 is the highest of its row and of its column, and
-    of how many rows and columns."""
+    of how many rows and columns that have two numbers or more."""
     found = []
     for by_seed in by_network.values():
         names = rows_in(record, by_seed)
-        for name in names:
-            for metric in ("mIoU", "accuracy"):
-                in_row = highest_of(by_seed, [(name, other) for other in names], metric)
-                in_column = highest_of(by_seed, [(other, name) for other in names], metric)
-                found += [cell == (name, name) for cell in (in_row, in_column) if cell]
+        for metric in ("mIoU", "accuracy"):
+            means = np.full((len(names), len(names)), np.nan)
+            for i, j in np.ndindex(means.shape):
+                values = of_seeds(by_seed, names[i], names[j], metric)
+                means[i, j] = np.mean(values) if values else np.nan
+            for i, line in [*enumerate(means), *enumerate(means.T)]:
+                if np.isfinite(line).sum() > 1:
+                    found.append(np.nanargmax(line) == i)
     return sum(found), len(found)
 
 
 def claims_table(record, by_network):
     rows = []
     for network, by_seed in by_network.items():
-        rows += claim_rows(record, network, by_seed)
+        for text, one, other in CLAIMS:
+            found = difference(by_seed, one, other, "mIoU")
+            if found:
+                accuracy = with_interval(difference(by_seed, one, other, "accuracy"), 1, "+")
+                rows.append([f"{NETWORKS[network]}: {text}", verdict(found),
+                             f"mIoU {with_interval(found, 3, '+')}; accuracy, %: {accuracy}"])
+        gap = gap_closed(by_seed, "ours", "mIoU")
+        if gap:
+            rows.append([f"{NETWORKS[network]}: ours closes {AIM} % of the gap to real images (an "
+                         "aim of this repository)", verdict(gap, AIM),
+                         f"{with_interval(gap, 0)} % of mIoU"])
     fid = minus(quality(record, "synthetic", "fid"), quality(record, "ours", "fid"))
     if fid:
         rows.append(["refining brings FID nearer to real images", verdict(fid),
@@ -211,37 +191,31 @@ def claims_table(record, by_network):
 def table2(record):
     """Table 2 over the seeds of R."""
     first = next(iter(record["seeds"].values()))["table2"]
-    names = [row for row in record["rows"] if row in first["rows"]]
-    names += [row for row in first["rows"] if row not in names]      # the floor, the control
     rows = []
-    for row in names:
+    for row in dict.fromkeys([*record["rows"], *first["rows"]]):     # then the floor, the control
         if len(quality(record, row, "ssim")) < len(record["seeds"]):
             continue
         cells = [with_spread(quality(record, row, metric), metric)
                  for metric in ("fid", "kid", "ssim", "ssim_range1")]
-        paper = PAPER_TABLE2.get(row, ("-", "-"))
-        rows.append([row, *cells, str(paper[0]), str(paper[1])])
+        rows.append([row, *cells, *map(str, PAPER_TABLE2.get(row, ("-", "-")))])
     return markdown_table(["images vs real", f"{first['label']}, N = {first['n']}", "KID x 1000",
                            "SSIM (L = 255)", "SSIM (L = 1)", "paper FID", "paper SSIM"], rows)
 
 
 def real_table(record, by_seed):
     """Scores on real of every row, what it gains over synthetic, the share of the gap closed."""
-    rows = []
+    rows, shared = [], len(shared_classes(record))
     for row in rows_in(record, by_seed):
         cells = [row]
         for metric, digits in (("mIoU", 3), ("accuracy", 1)):
-            gain, gap = "-", "-"
-            if row != "synthetic":
-                gain = with_interval(difference(by_seed, row, "synthetic", metric), digits, "+")
-            if row not in ("synthetic", "real"):
-                gap = with_interval(gap_closed(by_seed, row, metric), 0)
-            cells += [with_spread(on_real(by_seed, row, metric), metric), gain, gap]
-        cells.append(with_spread(on_real(by_seed, row, "shared"), "shared"))
-        rows.append(cells)
+            gain = difference(by_seed, row, "synthetic", metric) if row != "synthetic" else []
+            gap = gap_closed(by_seed, row, metric) if row not in ("synthetic", "real") else []
+            cells += [with_spread(on_real(by_seed, row, metric), metric),
+                      with_interval(gain, digits, "+"), with_interval(gap, 0)]
+        rows.append([*cells, with_spread(on_real(by_seed, row, "shared"), "shared")])
     head = ["trained on", "mIoU on real", "minus synthetic", "gap closed, %", "accuracy on real, %",
-            "minus synthetic", "gap closed, %", f"mIoU of {len(shared_classes(record))} classes"]
-    if len(shared_classes(record)) == len(CLASSES):           # the last column says nothing new
+            "minus synthetic", "gap closed, %", f"mIoU of {shared} classes"]
+    if shared == len(CLASSES):                                # the last column says nothing new
         head, rows = head[:-1], [cells[:-1] for cells in rows]
     return markdown_table(head, rows)
 
@@ -257,25 +231,23 @@ def segment_tables(record, network, by_seed):
     return [*tables, class_table(by_seed, names, TABLE).strip()]
 
 
-def epochs_in(record, network):
-    """The numbers of epochs that a network was trained for, ascending."""
+def over_epochs(record, network):
+    """{epochs: tested_by_seed} of the numbers of epochs that a network was trained for."""
     found = set()
     for numbers in record["seeds"].values():
         found |= {entry["epochs"] for entry in numbers["segment"] if entry["network"] == network}
-    return sorted(found)
+    return {epochs: tested_by_seed(record, network, epochs) for epochs in sorted(found)}
 
 
 def epochs_table(record, network):
     """mIoU on real after every number of epochs, over the seeds that were trained so long; empty
     where there is only one number."""
-    epochs = epochs_in(record, network)
-    found = {n: tested_by_seed(record, network, n) for n in epochs}
-    rows = []
-    for row in rows_in(record, found[epochs[0]] | found[epochs[-1]]):
-        cells = [with_spread(on_real(found[n], row, "mIoU"), "mIoU") for n in epochs]
+    found, rows = over_epochs(record, network), []
+    for row in sorted(record["rows"], key=lambda row: row == "real"):
+        cells = [with_spread(on_real(by_seed, row, "mIoU"), "mIoU") for by_seed in found.values()]
         if len(cells) - cells.count("-") > 1:
             rows.append([row, *cells])
-    head = [f"mIoU on real of {NETWORKS[network]}, trained on", *[f"{n} epochs" for n in epochs]]
+    head = [f"mIoU on real of {NETWORKS[network]}, trained on", *[f"{n} epochs" for n in found]]
     return markdown_table(head, rows) if rows else ""
 
 
@@ -284,7 +256,7 @@ def epochs_table(record, network):
 
 def change_scores(record, row, metric):
     """{seed: score} of a row, at the length at which the changes are compared."""
-    if metric in ("fid", "kid"):
+    if metric == "fid":
         return quality(record, row, metric)
     return on_real(tested_by_seed(record, **record["changes"]), row, metric)
 
@@ -310,8 +282,6 @@ def changes(record, metric):
 
 def change_cell(change, digits):
     """"+0.010 ± 0.007", bold where it is more than chance explains."""
-    if change is None:
-        return "-"
     text = f"{change['mean']:+.{digits}f}"
     if change["margin"] is None:
         return text
@@ -330,17 +300,13 @@ def mean_change(record, row):
 def changes_table(record):
     """Everything that was changed, one thing a row, beside ours of the same seeds."""
     found = {metric: changes(record, metric) for metric in ("fid", "mIoU", "accuracy")}
-    if not found["mIoU"]:
-        return ""
     rows = []
     for row in ["ours", *found["mIoU"]]:
-        seeds = ", ".join(change_scores(record, row, "mIoU"))
-        cells = [record["rows"][row]["says"], seeds, mean_change(record, row)]
+        cells = [record["rows"][row]["says"], ", ".join(change_scores(record, row, "mIoU")),
+                 mean_change(record, row)]
         for metric in found:
-            if row == "ours":
-                cells.append(with_spread(change_scores(record, row, metric), metric))
-            else:
-                cells.append(change_cell(found[metric].get(row), DIGITS[metric]))
+            cells.append(with_spread(change_scores(record, row, metric), metric) if row == "ours"
+                         else change_cell(found[metric][row], DIGITS[metric]))
         rows.append(cells)
     return markdown_table(["what was changed", "seeds", "mean abs(R(x) - x)", "FID minus ours",
                            "mIoU on real minus ours", "accuracy on real, %, minus ours"], rows)
@@ -349,25 +315,19 @@ def changes_table(record):
 # ------------------------------------------------------------------------------ the report
 
 
-def network_text(record, network, by_seed):
-    """The part of the report about one segmentation network."""
-    title = f"## {NETWORKS[network]}, {record['epochs'][network]} epochs, seed {', '.join(by_seed)}"
-    return [title, real_table(record, by_seed), *segment_tables(record, network, by_seed),
-            epochs_table(record, network)]
-
-
 def text_of(record):
     """The whole report of a record, as Markdown."""
     by_network = networks_of(record)
     parts = [f"# {record['name']}", NOTE, claims_table(record, by_network),
              f"## Table 2, seed {', '.join(record['seeds'])}", table2(record)]
     for network, by_seed in by_network.items():
-        parts += network_text(record, network, by_seed)
-    changed = changes_table(record)
-    if changed:
-        title = "## What was changed: {}, {} epochs".format(
-            NETWORKS[record["changes"]["network"]], record["changes"]["epochs"])
-        parts += [title, CHANCE, changed]
+        parts += [f"## {NETWORKS[network]}, {record['epochs'][network]} epochs, seed "
+                  f"{', '.join(by_seed)}", real_table(record, by_seed),
+                  *segment_tables(record, network, by_seed), epochs_table(record, network)]
+    if changes(record, "mIoU"):
+        parts += ["## What was changed: {}, {} epochs".format(
+            NETWORKS[record["changes"]["network"]], record["changes"]["epochs"]), CHANCE,
+            changes_table(record)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -381,37 +341,28 @@ def networks_of(record):
 def draw(record, path):
     """mIoU on real by training images, a bar and its seeds; and over the epochs, if there
     are several numbers of them."""
-    by_network = networks_of(record)
-    panels = len(by_network) + (len(epochs_in(record, "unet")) > 1)
+    by_network, found = networks_of(record), over_epochs(record, "unet")
+    panels = len(by_network) + (len(found) > 1)
     figure = Figure(figsize=(5 * panels, 3.6), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for axis, (network, by_seed) in zip(axes, by_network.items()):
-        names = rows_in(record, by_seed)
+        names = rows_in(record, by_seed)[::-1]                # barh draws from below
         for i, row in enumerate(names):
             values = list(on_real(by_seed, row, "mIoU").values())
             axis.barh(i, np.mean(values), color="0.7" if row in ("synthetic", "real") else "C0")
             axis.plot(values, [i] * len(values), "k.")
         axis.set(yticks=range(len(names)), yticklabels=names, xlabel="mIoU on real",
                  title=f"{NETWORKS[network]}, {record['epochs'][network]} epochs")
-        axis.invert_yaxis()
         axis.locator_params(axis="x", nbins=5)
-    if panels > len(by_network):
-        draw_epochs(axes[-1], record)
+    if len(found) > 1:                                        # a line for every training set
+        for row in ("synthetic", "colour", "simgan", "ours", "real"):
+            values = {n: list(on_real(found[n], row, "mIoU").values()) for n in found}
+            here = [n for n in found if values[n]]
+            if here:
+                axes[-1].plot(here, [np.mean(values[n]) for n in here], marker="o", label=row)
+        axes[-1].set(title="U-Net over the epochs", xlabel="epochs", ylabel="mIoU on real")
+        axes[-1].legend()
     save_figure(path, figure)
-
-
-def draw_epochs(axis, record):
-    """mIoU of U-Net on real over the epochs, a line for every training set."""
-    epochs = epochs_in(record, "unet")
-    found = {n: tested_by_seed(record, "unet", n) for n in epochs}
-    for row in ("synthetic", "colour", "simgan", "ours", "real"):
-        here = [n for n in epochs if on_real(found[n], row, "mIoU")]
-        if not here:
-            continue
-        means = [np.mean(list(on_real(found[n], row, "mIoU").values())) for n in here]
-        axis.plot(here, means, marker="o", label=row)
-    axis.set(title="U-Net over the epochs", xlabel="epochs", ylabel="mIoU on real")
-    axis.legend()
 
 
 def arguments():
@@ -428,11 +379,10 @@ def main():
         raise UserError(f"{source}: no such record; study.run writes it")
     print(f"study.report: reads {source}; writes {args.results}/{args.name}.md and .png\n")
     record = json.loads(source.read_text(encoding="utf-8"))
-    if not networks_of(record):
-        raise UserError(f"{source}: no seed in it has been through segmentation; run study.run")
     text = text_of(record)
     write_text(source.with_suffix(".md"), text)
-    draw(record, source.with_suffix(".png"))
+    if networks_of(record):                                   # else only Table 2 is there yet
+        draw(record, source.with_suffix(".png"))
     print(text)
 
 

@@ -81,10 +81,9 @@ def adversarial(name, seed, folder, args):
 def same_pretraining(name):
     """The first row that pre-trains as this one does: it does so for both."""
     for other, row in ROWS.items():
-        trains = other not in GIVEN and "filter" not in row and "of" not in row
+        trains = other not in GIVEN and "filter" not in row
         if trains and all(row.get(key) == ROWS[name].get(key) for key in ("method", "pretrain")):
             return other
-    return name
 
 
 def commands_of_row(name, seed, folder, args):

@@ -56,6 +56,8 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
 @pytest.mark.parametrize("folder, command", [
     ("runs/ours", ["pretrain.py", "--method", "simgan", "--run", "runs/ours", "--overwrite"]),
     ("runs/ours", ["train_gan.py"]), ("data", ["prepare.py", "--demo"]),
+    ("base/seed0", ["study/run.py", "x", "--data", "data", "--base", "base", "--seeds", 0, "--rows",
+                    "real", "--inception", "random", "--epochs", 1, "--curve", "--deeplab"]),
     ("data/new", ["refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "data/new"]),
     ("new", ["refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "new", "--images",
              "data/real/test/images"])])

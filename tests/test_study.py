@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call, fill
+from PIL import Image
 
 import study.run as run
 from prepare import load_images
@@ -66,12 +67,8 @@ def near(mIoU):
 
 def test_mean_and_interval_against_the_closed_form():
     """Student's t of one degree of freedom: 12.706; sd is 14.142, so +- 127.06."""
-    found = report.mean_and_interval([50.0, 70.0])
-    assert found["mean"] == 60 and found["sd"] == pytest.approx(14.142, abs=1e-3)
-    assert found["low"] == pytest.approx(60 - 127.06, abs=0.01) and found["n"] == 2
-    assert found["high"] == pytest.approx(60 + 127.06, abs=0.01)
-    assert report.mean_and_interval([3.0]) == {"mean": 3.0, "sd": None, "low": None, "high": None,
-                                              "n": 1}
+    assert report.mean_and_half([50.0, 70.0]) == (60, pytest.approx(127.06, abs=0.01))
+    assert report.mean_and_half([3.0]) == (3, None)
 
 
 def test_gap_closed_and_differences(record):
@@ -86,6 +83,9 @@ def test_gap_closed_and_differences(record):
     accuracy = report.difference(by_seed, "ours", "synthetic", "accuracy")
     wanted = [200 * (m / (1 + m) - 0.1 / 1.1) for m in (0.15, 0.175)]
     assert accuracy == pytest.approx(wanted, abs=0.1)
+    for row in ("synthetic", "real"):                                   # without one of the two
+        rest = {other: by_seed["0"][other] for other in by_seed["0"] if other != row}
+        assert report.gap_closed({"0": rest}, "ours", "mIoU") == []
     del record["seeds"]["1"]["segment"][0]["tested"]["ours"]            # a seed without it
     by_seed = report.tested_by_seed(record, "unet", 30)
     assert len(report.difference(by_seed, "ours", "synthetic", "mIoU")) == 1
@@ -99,11 +99,13 @@ def test_classes_that_a_renderer_lacks_are_left_out_once_more(record):
     real, counts in the one mean and not in the other."""
     tested = record["seeds"]["0"]["segment"][0]["tested"]["ours"]["real"]
     tested["confusion"][2][0] = 50
+    home = record["seeds"]["0"]["segment"][0]["tested"]["synthetic"]["synthetic"]
+    home["confusion"][3][3] = 9                                         # none of it in real images
     found = report.tested_by_seed(record, "unet", 30)["0"]["ours"]["real"]
     assert found["mIoU"] == pytest.approx(sum(found["IoU"][:2]) / 3)
     assert found["shared"] == pytest.approx(sum(found["IoU"][:2]) / 2)
     table = report.real_table(record, report.tested_by_seed(record, "unet", 30))
-    assert "| mIoU of 2 classes |" in table.splitlines()[0]
+    assert "| mIoU of 3 classes |" in table.splitlines()[0]
     for seed in record["seeds"].values():
         del seed["segment"][0]["tested"]["synthetic"]["synthetic"]
     assert "classes" not in report.real_table(record, report.tested_by_seed(record, "unet", 30))
@@ -162,6 +164,50 @@ def test_the_report_of_a_record(record, tmp_path):
     assert text.count("cannot tell") >= 4 and "| road |" in text
 
 
+def test_one_seed_has_no_interval_and_what_is_missing_no_row(record):
+    del record["seeds"]["1"]
+    text = report.text_of(record)
+    assert "on synthetic ones | cannot tell | mIoU +0.050; accuracy, %: +7.9 |" in text
+    assert "| other | 0 | - | +10.0 | -0.010 | -1.5 |" in text
+    record["rows"]["finer-d"] = {"says": "not trained yet"}
+    assert report.text_of(record) == text
+    record["seeds"]["0"]["segment"] = []                       # before any segmentation
+    assert "| ours | 10.0 |" in report.text_of(record)
+    del record["rows"]["ours"], record["seeds"]["0"]["table2"]["rows"]["ours"]
+    assert report.claims_table(record, {}).count("\n") == 1    # nothing to claim
+
+
+def test_the_rule_is_judged_by_what_chance_explains(record):
+    record["rows"]["rule"] = {"says": "R at the step of the paper's rule"}
+    for seed, mIoU in (("0", 0.05), ("1", 0.07)):
+        record["seeds"][seed]["segment"].append(segmented({"rule": mIoU}, epochs=9))
+        record["seeds"][seed]["segment"][0]["tested"]["rule"] = {
+            "real": {"confusion": matrix(mIoU)}}
+    table = report.claims_table(record, report.networks_of(record))
+    assert "| the paper's rule picks the best step | does not hold | mIoU -0.10" in table
+    del record["seeds"]["1"]                                   # chance explains all of one seed
+    assert "rule" not in report.claims_table(record, report.networks_of(record))
+
+
+def test_the_report_names_rows_that_there_are():
+    rows = {row for _, *two in report.CLAIMS for row in two}
+    assert rows | set(report.NO_CHANGES) <= set(run.ROWS)
+
+
+def test_the_picture_of_a_record(record, monkeypatch):
+    """A bar is the mean over the seeds, real below all; a line has the numbers of epochs."""
+    record["seeds"]["0"]["segment"].append(segmented({"ours": 0.12, "real": 0.15}, epochs=8))
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda path, figure: figures.append(figure))
+    report.draw(record, None)
+    bars, curves = figures[0].axes
+    names = [label.get_text() for label in bars.get_yticklabels()]
+    assert names == ["real", "other", "ours", "simgan", "colour", "synthetic"]
+    assert bars.patches[2].get_width() == pytest.approx((near(0.15) + near(0.175)) / 2)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in curves.lines}
+    assert lines["ours"] == [[8, near(0.12)], [30, bars.patches[2].get_width()]]
+
+
 def parsed(monkeypatch, stage, flags):
     """What the stage's own parser makes of the flags."""
     monkeypatch.setattr(sys, "argv", [f"{stage}.py", *flags])
@@ -174,7 +220,7 @@ def study(tmp_path, monkeypatch):
     for domain in run.GIVEN:
         (tmp_path / "data" / domain / "train").mkdir(parents=True)
     args = parsed(monkeypatch, "study.run", shlex.split(
-        f"test --data {tmp_path}/data --base {tmp_path}/runs --results {tmp_path} --seeds 0 1"))
+        f"test --data {tmp_path}/data --base {tmp_path}/runs --results {tmp_path} --precision tf32"))
     found = SimpleNamespace(args=args, base=tmp_path / "runs", asked=[], fails=None)
 
     def note(command):
@@ -205,12 +251,12 @@ def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
         stage = script[0].removesuffix(".py")
         flags = parsed(monkeypatch, stage, script[1:])
         if stage in ("pretrain", "train_gan"):
-            assert flags.seed == seed and flags.precision == "float32" and flags.batch_size == 4
+            assert flags.seed == seed and flags.precision == "tf32" and flags.batch_size == 4
             found[stage][flags.run.name] = flags
         elif stage == "refine":
             found[stage][flags.out.name] = flags
         elif stage == "segment":
-            assert flags.seeds == [seed]
+            assert flags.seeds == [seed] and flags.precision == "tf32"
             found[stage].append(flags)
     trained = {"simgan", "ours", "as-printed", "finer-d"}
     assert set(found["pretrain"]) == set(found["train_gan"]) == trained
@@ -227,11 +273,15 @@ def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
              for flags in found["segment"]]
     curve = ["unet 4", "unet 8", "unet 15"] if seed == 0 else []
     assert asked == ["unet 30", *curve, "deeplabv3plus 30"]
-    assert "pretrained" not in found["segment"][0].train
+    assert len({(flags.out, flags.network) for flags in found["segment"]}) == len(asked)
+    rows = [row for row in run.ROWS if row != "pretrained"]
+    assert [flags.train for flags in found["segment"]] == [
+        *[rows] * (len(asked) - 1), ["synthetic", "simgan", "ours", "real"]]
+    assert study.args.seeds == [0, 1, 2]
     assert (study.base / f"seed{seed}/data/real/train").is_dir()
 
 
-def test_what_is_finished_is_not_run_again(study):
+def test_what_is_finished_is_not_run_again(study, monkeypatch):
     """A stopped training goes on; other flags run again what depends on them, nothing else."""
     study.fails = "train_gan.py"
     with pytest.raises(UserError):
@@ -244,19 +294,46 @@ def test_what_is_finished_is_not_run_again(study):
     study.args.gan += " --alpha 10"
     assert {command[0] for command in run_seed(study, 0)} == {
         "train_gan.py", "refine.py", "evaluate.py", "segment.py"}
-    study.args.curve = [5]
-    assert [command[0] for command in run_seed(study, 0)] == ["segment.py"]
+    study.args.curve, study.args.deeplab = [5], ["ours"]
+    assert [command[0] for command in run_seed(study, 0)] == ["segment.py"] * 2
+    monkeypatch.setitem(run.ROWS, "as-printed", {**run.ROWS["as-printed"], "gan": "--rec l2"})
+    assert [command[0] for command in run_seed(study, 0)] == [          # one row, not the last
+        "train_gan.py", "refine.py", "evaluate.py", *["segment.py"] * 3]
+    study.asked = []
+    run.run_seed(0, study.args.data, ["prepared anew"], study.args)
+    assert study.asked[0][:2] == ["-m", "study.colour"]
+    with pytest.raises(UserError, match="is of other data"):
+        run.run_seed(0, study.base, ["data"], study.args)
 
 
 def test_rows_that_differ_later_share_what_comes_before(study, monkeypatch):
     """The same pre-training is done once; another checkpoint needs no other training."""
     monkeypatch.setitem(run.ROWS, "l1", {"says": "", "gan": "--rec l1"})
     monkeypatch.setitem(run.ROWS, "rule", {"says": "", "of": "ours", "checkpoint": "gan.pt"})
-    study.args.rows = ["l1", "rule"]
+    study.args.rows = ["l1", "rule", "ours"]
     names = [(command[0], Path(command[command.index("--run") + 1]).name)
              for command in run_seed(study, 0) if "--run" in command]
     assert names == [("pretrain.py", "ours"), ("train_gan.py", "l1"), ("train_gan.py", "ours")]
     assert (study.base / "seed0/runs/l1/pretrain.pt").is_file()
+    assert run.segmentations(1, study.args) == [
+        ("unet", 30, ["l1", "rule", "ours"]), ("deeplabv3plus", 30, ["ours"])]
+
+
+def test_a_command_that_fails_is_not_taken_as_done(tmp_path, monkeypatch):
+    """From any folder, a script or a module."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH")
+    with pytest.raises(UserError, match="the same command goes on"):
+        run.once(tmp_path / "failed", ["prepare.py", "--test", "0"], "")
+    run.once(tmp_path / "done", ["-m", "support.cli"], "")
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+def test_the_end_of_a_log_is_its_last_25_rows(tmp_path):
+    rows = [",".join([str(i)] * len(run.COLUMNS)) for i in range(40)]
+    (tmp_path / "log.csv").write_text("\n".join([",".join(run.COLUMNS), *rows]))
+    found = run.end_of_log(tmp_path / "log.csv")
+    assert found == {"steps": 40, **dict.fromkeys(run.COLUMNS, 27)} and found["mean_change"]
 
 
 def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
@@ -290,13 +367,20 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
     assert set(numbers["table2"]["rows"]) >= {"synthetic", "colour", "ours"}
     (entry,) = numbers["segment"]
     assert set(entry["tested"]) == {"synthetic", "real", "colour", "ours"}
-    assert "| colour |" in report.text_of(record)
+    assert record["epochs"] == {"unet": 1, "deeplabv3plus": 1} and entry["images"] == 9
+    assert record["changes"] == {"network": "unet", "epochs": 1}
+    assert record["settings"]["gan"].startswith("--steps 4 ")
+    text = report.text_of(record)
+    assert "| colour |" in text and "## U-Net, 1 epochs, seed 0\n" in text
+    assert (tmp_path / "my study-figure1.png").is_file()
     run.main()
     assert len(asked) == 7                                     # nothing was left to do
 
 
 @pytest.mark.parametrize("script, flags, words", [
-    ("run", ["tiny"], "--prepare"), ("run", ["tiny", "--data", "no"], "no/synthetic"),
+    ("run", ["tiny"], "--prepare"),
+    ("run", ["x", "--prepare", "y", "--data", "z"], "one of the two"),
+    ("run", ["tiny", "--data", "no"], "no/synthetic"),
     ("report", ["no", "--results", "."], "no.json"),
     ("bench", ["--only", "speed"], "invalid choice: 'speed'"),
     ("colour", ["--data", "no"], "no/synthetic")])
@@ -305,20 +389,22 @@ def test_mistakes(script, flags, words, tmp_path):
     assert words in err and "Traceback" not in err
 
 
-def test_colour_gives_the_mean_and_the_deviation_of_real(project, tmp_path):
-    """The labels stay; only a folder of its own is replaced."""
-    flags = ["--data", project / "data", "--out"]
+def test_colour_gives_the_mean_and_the_deviation_of_real(fresh, tmp_path):
+    """Of those to train on, not to test; the labels stay; only a folder of its own is replaced."""
+    for file in (fresh / "data/real/test/images").iterdir():
+        Image.new("RGB", (48, 24)).save(file)
+    flags = ["--data", fresh / "data", "--out"]
     call("study/colour.py", *flags, tmp_path / "colour", cwd=tmp_path)
     call("study/colour.py", *flags, tmp_path / "colour", cwd=tmp_path)
-    source = project / "data/synthetic/train"
-    real = to_float(load_images(project / "data/real/train"))
+    source = fresh / "data/synthetic/train"
+    real = to_float(load_images(fresh / "data/real/train"))
     found = to_float(load_images(tmp_path / "colour/train"))
     for statistic in (torch.mean, torch.std):                           # rounded and cut off
         torch.testing.assert_close(statistic(found, (0, 2, 3)), statistic(real, (0, 2, 3)),
                                    atol=0.03, rtol=0)
     for label in (source / "labels").iterdir():
         assert (tmp_path / "colour/train/labels" / label.name).read_bytes() == label.read_bytes()
-    _, err = call("study/colour.py", *flags, project / "data/synthetic", cwd=tmp_path, status=2)
+    _, err = call("study/colour.py", *flags, fresh / "data/synthetic", cwd=tmp_path, status=2)
     assert "not made by" in err
 
 
@@ -326,14 +412,15 @@ def test_the_demo_ends_in_one_picture(tmp_path, monkeypatch, capsys):
     """study.demo: every number at its place, of a log that is shorter than its window."""
     rows, drawn, save = ["synthetic", "ours", "real"], [], figures.save_figure
     for row in rows:
-        fill(tmp_path / "data" / row / "test/images", 5, (24, 48))
+        fill(tmp_path / "data" / row / "test/images", 6, (24, 48))
     scores = {a: {b: {"mIoU": (3 * i + j) / 10} for j, b in enumerate(rows)}
               for i, a in enumerate(rows)}
     write_json(tmp_path / "results/segment_unet.json", {
-        "seeds": [0], "scores": {"0": scores}, "domains": rows, "images": 7, "epochs": 3,
+        "seeds": [0, 1], "scores": {"0": scores, "1": scores}, "domains": rows, "images": 7, "epochs": 3,
         "test_images": {"real": 5}})
     write_json(tmp_path / "results/table2.json", {
-        "label": "FID", "n": 5, "rows": {"ours": {"scores": {"fid": {"value": 12.34}}}}})
+        "label": "FID", "n": 5, "rows": {"ours": {"scores": {"fid": {"value": 12.34}}},
+                                              "one flat colour": {"scores": {}}}})
     write_text(tmp_path / "runs/ours/log.csv",
                "step,ssim,d_loss_real,d_loss_refined\n1,nan,1,8\n2,0.5,2,6\n")
     save_checkpoint(tmp_path / "runs/ours/gan.pt", "best", step=2)
