@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fill, save, save_pair
+from conftest import ROOT, fill, save_pair
 
 from models import Refiner
 from support.cli import start
@@ -77,22 +77,16 @@ BOTH = "prepare.py --synthetic ok --real ok --crop none --size 24 48 --test 2"
 # script and arguments -> words of the last line on stderr.
 MISTAKES = [
     ("pretrain.py --data nowhere", "nowhere/synthetic/train/images prepare.py"),
-    ("prepare.py --demo --size 99999 99999", "--size 4096"),
-    ("prepare.py --demo --size 8 16", "--size 24"),
     ("prepare.py --demo --size 24 4097 --limit 1 --test 1", "--size 4096"),
-    ("prepare.py --synthetic missing --real ok --test 1", "missing: no such folder"),
     ("prepare.py --synthetic ok --real empty --test 1", "empty: no images"),
     ("prepare.py --synthetic broken.pt --real ok --test 1", "broken.pt: folder"),
-    ("prepare.py --synthetic ok missing --real ok --test 1", "missing: no such folder"),
     ("prepare.py --synthetic ok empty --real ok", "none has its label; ok/00.png: no"),
     ("prepare.py --gta5 ok --cityscapes ok", "ok: images/"),
-    ("prepare.py --gta5 missing --cityscapes ok", "missing: images/"),
     ("prepare.py --synthetic ok --cityscapes ok --test 1", "ok: leftImg8bit/train/"),
     ("prepare.py --synthetic ok ok ok --real ok", "--synthetic IMAGES [LABELS]"),
     (f"{BOTH} --test 4", "--test 4 frames"),
     (f"{BOTH} --test 0", "--test above 0"),
     (f"{BOTH} --limit -3", "--limit -3"),
-    (f"{BOTH} --size -24 48", "--size -24"),
     (f"{BOTH} --size 10 48", "--size 24 x"),
     (f"{BOTH} --crop 1 2 3", "--crop four numbers"),
     (f"{BOTH} --crop 0 0 0 9", "--crop four numbers"),
@@ -100,12 +94,9 @@ MISTAKES = [
     (f"{BOTH} --crop 0 0 -5 10", "--crop"),
     (f"{BOTH} --seed -1", "--seed"),
     (f"{BOTH} --out broken.pt", "broken.pt"),
-    (f"{BOTH} --out damaged", "damaged/prepare.json: damaged;"),
     (f"{BOTH} --label-ids colours", "--label-ids colours"),
     (f"{BOTH} --classes no.txt --label-ids trainIds", "--classes goes with"),
-    (f"{BOTH} --unknown 3", "--unknown"),
     ("prepare.py", "nothing synthetic domain: --gta5 --demo"),
-    ("prepare.py --synthetic ok --crop none --test 1", "nothing real domain:"),
     ("prepare.py --demo --gta5 ok", "--demo"),
     ("prepare.py --demo --real ok", "--demo"),
     ("prepare.py --gta5 ok --synthetic ok --real ok", "--gta5 --synthetic, source"),
@@ -113,13 +104,11 @@ MISTAKES = [
     ("pretrain.py --method other", "--method"),
     ("pretrain.py --steps 0", "--steps above 0"),
     ("pretrain.py --lr -1", "--lr above 0"),
-    ("train_gan.py --alpha fifty", "--alpha"),
     ("train_gan.py --alpha -1", "--alpha negative"),
     ("train_gan.py", "runs/ours/pretrain.pt pretrain.py"),
     ("train_gan.py --resume", "last.pt --resume"),
     ("refine.py", "runs/ours/average.pt train_gan.py"),
     ("refine.py --checkpoint broken.pt", "--checkpoint --out"),
-    ("refine.py --checkpoint broken.pt --out new", "broken.pt damaged"),
     ("refine.py --checkpoint evil.pt --out new", "evil.pt"),
     ("refine.py --checkpoint tensor.pt --out new", "tensor.pt train_gan.py"),
     ("evaluate.py", "data prepare.py"),
@@ -135,32 +124,23 @@ MISTAKES = [
     ("train_gan.py --steps many", "--steps positive int"),
     ("train_gan.py --seed 9223372036854775808", "--seed 2**63"),
     ("pretrain.py --device cuda:x", "--device"),
-    ("refine.py --data broken.pt --checkpoint none.pt --out new", "none.pt train_gan.py"),
     ("refine.py --checkpoint old.pt --data good/real --out new", "old.pt refiner train"),
     ("refine.py --checkpoint pretrain.pt --data nowhere --out new", "nowhere prepare.py"),
     ("refine.py --checkpoint pretrain.pt --data good/real --out good/real", "good/real --out"),
     ("refine.py --checkpoint pretrain.pt --data empty --out empty", "empty --data"),
     ("refine.py --checkpoint segment.pt --out new", "segment.pt: average, segment; train_gan.py"),
-    ("refine.py --checkpoint pretrain.pt --data good/real --out broken.pt/x", "broken.pt/x"),
     ("refine.py --checkpoint good --out new", "good checkpoint"),
     ("refine.py --batch-size -1", "--batch-size above 0"),
-    ("pretrain.py --data good --layer Conv9 --inception random", "--layer Conv9"),
     ("pretrain.py --data good --inception nowhere.pt", "--inception nowhere.pt"),
-    ("pretrain.py --data good --inception tensor.pt", "--inception tensor.pt"),
-    ("pretrain.py --data good --resume", "pretrain.pt --resume"),
-    ("pretrain.py --data good --run broken.pt --inception random", "broken.pt"),
     ("pretrain.py --d-lr nan", "--d-lr above 0"),
     ("pretrain.py --d-optimizer rmsprop", "--d-optimizer"),
-    ("pretrain.py --data broken.pt", "broken.pt"),
     ("pretrain.py --data sizes", "sizes 24 48 32 64"),
     ("evaluate.py --data good --n 1 --inception random", "--n 1 least"),
     ("evaluate.py --data good --n 9 --inception random", "--n 9 has 5"),
     ("evaluate.py --data single --inception random", "single/ours: file names"),
-    ("evaluate.py --data good --inception random --out broken.pt", "broken.pt"),
     ("evaluate.py --data good --inception random --out /proc", "/proc"),
     ("evaluate.py --data sizes --inception random", "sizes 24 48 32 64"),
     ("segment.py --data good --out broken.pt --network unet", "broken.pt"),
-    ("segment.py --data good --out /proc --network unet", "/proc"),
     ("segment.py --data good --train nowhere", "--train nowhere: real, synthetic"),
     ("segment.py --data single", "single: only 1"),
     ("segment.py --data bare", "bare/real/test: has no labels;"),
@@ -168,8 +148,7 @@ MISTAKES = [
     ("segment.py --data good --seeds -1", "--seeds"),
     ("segment.py --epochs 0", "--epochs above 0"),
     ("segment.py --lr inf", "--lr above 0"),
-    ("segment.py --data good --backbone-weights none.pt",
-     "--backbone-weights none.pt"),
+    ("segment.py --data good --backbone-weights none.pt", "--backbone-weights none.pt"),
 ]
 
 
@@ -201,29 +180,24 @@ def empty(tmp_path_factory):
                            ("single/real", "single/ours"), ("good", "bare")):
         shutil.copytree(cwd / source, cwd / target)
     shutil.rmtree(cwd / "bare/real/test/labels")
-    save(cwd / "damaged/prepare.json", b'{"settings": {'), save(cwd / "damaged/.lock", b"")
     fill(cwd / "ok", 4)
     (cwd / "good/synthetic/refine.json").write_text('{"finished": true}')
     (cwd / "empty").mkdir()
     return cwd
 
 
-def main_of(command, cwd, monkeypatch, capsys):
-    """Run a command as its script does, but in this process: (exit status, stderr)."""
-    script, *argv = shlex.split(command)
-    monkeypatch.setattr(sys, "argv", [script, *argv])
-    monkeypatch.chdir(cwd)
-    with pytest.raises(SystemExit) as stop:
-        start(importlib.import_module(script.removesuffix(".py")).main)
-    return stop.value.code, capsys.readouterr().err
-
-
 @pytest.mark.parametrize("command, words", MISTAKES)
 def test_a_mistake_gets_one_line_and_status_2(command, words, empty, monkeypatch, capsys):
+    """As its script runs a command, but in this process."""
+    script, *argv = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    monkeypatch.chdir(empty)
     before = sorted(empty.rglob("*"))
-    status, err = main_of(command, empty, monkeypatch, capsys)
+    with pytest.raises(SystemExit) as stop:
+        start(importlib.import_module(script.removesuffix(".py")).main)
+    err = capsys.readouterr().err
     last = err.strip().splitlines()[-1]
-    assert status == 2 and ": error: " in last
+    assert stop.value.code == 2 and ": error: " in last
     for word in words.split():
         assert word in last, last
     assert "%|" not in err                           # before any work: no progress bar
