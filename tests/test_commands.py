@@ -140,6 +140,7 @@ MISTAKES = [
     ("evaluate.py --data single --inception random", "single/ours: file names"),
     ("evaluate.py --data good --inception random --out /proc", "/proc"),
     ("evaluate.py --data sizes --inception random", "sizes 24 48 32 64"),
+    ("evaluate.py --data low --inception random", "low/real 10 x 20 11 x 11"),
     ("segment.py --data good --out broken.pt --network unet", "broken.pt"),
     ("segment.py --data good --train nowhere", "--train nowhere: real, synthetic"),
     ("segment.py --data single", "single: only 1"),
@@ -171,13 +172,15 @@ def empty(tmp_path_factory):
     for name, state in states.items():
         torch.save({"stage": name, **state}, cwd / f"{name}.pt")
     for folder, size, count in (("good/real", (24, 48), 5), ("sizes/real", (24, 48), 5),
-                                ("sizes/synthetic", (32, 64), 5), ("single/real", (24, 48), 1)):
+                                ("sizes/synthetic", (32, 64), 5), ("single/real", (24, 48), 1),
+                                ("low/real", (10, 20), 4)):
         for i in range(count):
             for split in ("train", "test"):
                 save_pair(cwd / folder / split, i, np.zeros((*size, 3), np.uint8),
                           np.zeros(size, np.uint8))
     for source, target in (("good/real", "good/synthetic"), ("good/real", "single/synthetic"),
-                           ("single/real", "single/ours"), ("good", "bare")):
+                           ("single/real", "single/ours"), ("good", "bare"),
+                           ("low/real", "low/synthetic")):
         shutil.copytree(cwd / source, cwd / target)
     shutil.rmtree(cwd / "bare/real/test/labels")
     fill(cwd / "ok", 4)

@@ -1,7 +1,6 @@
 """Table 2: its errors, its differences, what its files say. The metrics: test_metrics.py."""
 import hashlib
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import evaluate
 from evaluate import difference, measure, plus_minus, tables, weights_of, with_error
 from models import fid, kid, ssim
 from prepare import load_images
-from support.cli import UserError
 
 CPU = torch.device("cpu")
 
@@ -179,14 +177,3 @@ def test_the_weights_name_and_hash():
     assert "not an FID" in weights_of(net, "random")[0]
     net.is_pytorch_fid = True
     assert weights_of(net, "a.pth")[0] == "FID as pytorch-fid computes it (a.pth)"
-
-
-def test_images_under_the_window_of_ssim_are_refused(tmp_path, monkeypatch):
-    """No traceback from inside the metric: one line that says what is wrong."""
-    images = np.random.default_rng(0).integers(0, 256, (4, 10, 20, 3))
-    for part in ("synthetic/test", "real/test", "real/train"):
-        draw(tmp_path / "data" / part, images)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--inception", "random"])
-    with pytest.raises(UserError, match="data/real.* 10 x 20.*11 x 11"):
-        evaluate.main()
