@@ -9,7 +9,7 @@ from conftest import call, save_pair
 
 import evaluate
 from evaluate import difference, measure, plus_minus, tables, weights_of, with_error
-from models import fid, kid, ssim
+from models import ssim
 from prepare import load_images
 
 CPU = torch.device("cpu")
@@ -33,8 +33,8 @@ def scored(noise=0.0, seed=0):
     return measure(*scenes(noise=noise, seed=seed), REAL, REAL_FEATURES, CPU)
 
 
-def test_scores_are_the_metrics_and_ssim_has_the_classical_error():
-    """The mean over pairs and its s / sqrt(N), at both ranges; FID and KID of the features."""
+def test_ssim_has_the_classical_error():
+    """The mean over pairs and its s / sqrt(N), at both ranges."""
     images, features = scenes()
     row = {m: with_error(*s) for m, s in measure(images, features, REAL, REAL_FEATURES,
                                                CPU).items()}
@@ -42,8 +42,6 @@ def test_scores_are_the_metrics_and_ssim_has_the_classical_error():
         values = ssim(images.float(), REAL.float(), max_val).double()
         assert row[name]["value"] == pytest.approx(values.mean().item(), rel=1e-9)
         assert row[name]["se"] == pytest.approx(values.std().item() / 70 ** 0.5, rel=1e-6)
-    assert row["fid"]["value"] == fid(features, REAL_FEATURES)
-    assert row["kid"]["value"] == kid(features, REAL_FEATURES)
     for s in row.values():
         assert s["low"] < s["value"] < s["high"] and s["se"] > 0
 
