@@ -7,10 +7,8 @@ import torch
 from scipy.linalg import sqrtm
 
 from models import fid, kid, leave_out, ssim, trace_sqrt_eigen, trace_sqrt_nuclear
-from segment import confusion, scores, train
+from segment import train
 from support.cli import UserError
-
-SEEDS = range(5)                                      # of the tests on random inputs
 
 # ------------------------------------------------------------------------------------- SSIM
 
@@ -171,41 +169,7 @@ def test_leave_out_leaves_out_one_group_of_every_set():
     assert leave_out(len, torch.zeros(3)).tolist() == [2] * 3
 
 
-# --------------------------------------------------------------------- mIoU, pixel accuracy
-
-def test_confusion_counts_truth_in_rows_and_leaves_255_out():
-    """Seven known pixels: a void pixel is no error, whatever was predicted there."""
-    truth = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 255]])
-    predicted = torch.tensor([[0, 0, 1, 3], [0, 1, 1, 1]])
-    wanted = torch.tensor([[3, 1, 0, 0], [0, 2, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
-    assert torch.equal(confusion(truth, predicted, 4), wanted)
-    uint8 = confusion(truth.to(torch.uint8), predicted.to(torch.uint8), 4)
-    assert torch.equal(uint8, wanted) and uint8.dtype == torch.int64
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_scores_equal_the_definition_of_cityscapes(seed):
-    """Pixel by pixel, class by class: IoU = TP / (TP + FP + FN) over all images; a pixel whose
-    truth is void is in none of the three, whatever was predicted on it."""
-    g = torch.Generator().manual_seed(seed)
-    truth, predicted = torch.randint(0, 6, (2, 4, 5, 7), generator=g)
-    truth[truth == 5] = 255
-    predicted[predicted == 1] = 0                                # class 1: never predicted
-    truth[truth == 2] = 3                                        # class 2: never true
-    s = scores(confusion(truth, predicted, 8))                   # classes 5 (here) to 7: absent
-    pairs = [(t, p) for t, p in zip(truth.flatten().tolist(), predicted.flatten().tolist())
-             if t != 255]
-    for c in range(8):
-        tp = sum(t == c and p == c for t, p in pairs)
-        fp = sum(t != c and p == c for t, p in pairs)
-        fn = sum(t == c and p != c for t, p in pairs)
-        if tp + fp + fn:
-            assert s["IoU"][c] == pytest.approx(tp / (tp + fp + fn), abs=1e-12)
-        else:
-            assert np.isnan(s["IoU"][c])
-    assert s["classes"] == 6 and s["IoU"][1] == 0 and s["IoU"][2] == 0
-    assert s["mIoU"] == pytest.approx(np.nanmean(s["IoU"]), abs=1e-12)
-    assert s["accuracy"] == pytest.approx(100 * np.mean([t == p for t, p in pairs]), abs=1e-10)
+# -------------------------------------- what void does; mIoU and accuracy: test_algorithm.py
 
 
 def test_an_all_void_batch_harms_nothing():
