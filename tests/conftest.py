@@ -128,6 +128,12 @@ def record(folder):
     return json.loads((folder / "prepare.json").read_text(encoding="utf-8"))
 
 
+def content(folder):
+    """{relative path: bytes} of everything below a folder, the lock aside."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
+            if p.is_file() and p.name != ".lock"}
+
+
 def save_pair(folder, name, rgb, label=None):
     """One image of a prepared split, and its label: uint8 [H, W, 3] and [H, W]."""
     save(folder / f"images/{name}.png", Image.fromarray(rgb))

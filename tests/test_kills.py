@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import call, noise, start
+from conftest import call, content, noise, start
 
 import prepare
 import train_gan
@@ -43,12 +43,6 @@ def without_clock(state):
         column = train_gan.COLUMNS.index("images_per_s")
         state["log"] = [row[:column] + row[column + 1:] for row in state["log"]]
     return state
-
-
-def content(folder):
-    """{relative path: bytes} of everything below a folder, the lock aside."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
-            if p.is_file() and p.name != ".lock"}
 
 
 def same_runs(one, other):

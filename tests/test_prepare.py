@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import blocks, call, fill, noise, record, save, save_pair
+from conftest import blocks, call, content, fill, noise, record, save, save_pair
 from PIL import Image
 from torchvision.datasets import Cityscapes
 
@@ -30,12 +30,6 @@ def error_line(*args):
     assert len(lines) == 1 and lines[0].startswith("prepare.py: error: "), err
     assert "Traceback" not in err and err.splitlines()[-1] == lines[0]
     return lines[0]
-
-
-def files(folder):
-    """{relative path: bytes} of everything below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes()
-            for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # ------------------------------------------------------------------------------ class table
@@ -171,23 +165,23 @@ def test_images_are_rgb_of_one_size(raw, prepared):
 
 def test_running_again_gives_the_same_bytes(raw, prepared):
     """Also after files were lost: all is a function of the raw frames and the settings."""
-    before = files(prepared)
+    before = content(prepared)
     good(*official(raw, prepared))
-    assert files(prepared) == before
+    assert content(prepared) == before
     (prepared / "real" / "train" / "images" / "aachen_000002_000019.png").unlink()
     for path in (prepared / "synthetic" / "test" / "labels").iterdir():
         path.unlink()
     good(*official(raw, prepared), "--label-ids", "labelIds")            # the default, said
-    assert files(prepared) == before
+    assert content(prepared) == before
 
 
 def test_other_settings_need_another_folder(raw, prepared):
     """Two settings in one folder would mix; the error names the setting."""
-    before = files(prepared)
+    before = content(prepared)
     assert "size" in error_line(*official(raw, prepared), "--size", 32, 64)
     assert "seed" in error_line(*official(raw, prepared), "--seed", 1)
     assert "test" in error_line(*official(raw, prepared), "--test", 2)
-    assert files(prepared) == before
+    assert content(prepared) == before
 
 
 def test_other_raw_frames_do_not_leak_into_an_old_folder(tmp_path):
@@ -264,7 +258,7 @@ def test_demo_is_deterministic_and_has_two_looks(tmp_path):
     """No data, no network: the same bytes in any folder, no scene twice, only known classes."""
     for name in ("a", "b"):
         good("--demo", "--limit", 4, "--test", 2, "--size", 40, 80, "--out", tmp_path / name)
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert content(tmp_path / "a") == content(tmp_path / "b")
     assert set(record(tmp_path / "a")["counts"].values()) == {2, 4}
     images = torch.cat([load_images(tmp_path / "a" / d / s)
                         for d in ("synthetic", "real") for s in ("train", "test")])
@@ -350,14 +344,14 @@ def test_the_table_of_bad_input(tmp_path):
     root = tmp_path / "raw"
     for name, (image, label, _) in FRAMES.items():
         stem, ending = name.rpartition(".")[0], ".PNG" if "PHOTO" in name else ".png"
-        for content, file in ((image, f"images/{name}"), (label, f"labels/{stem}{ending}")):
-            if content is not None:
-                save(root / file, content)
+        for picture, file in ((image, f"images/{name}"), (label, f"labels/{stem}{ending}")):
+            if picture is not None:
+                save(root / file, picture)
     fill(root / "real", 9)
-    before = files(root)
+    before = content(root)
     text = good("--synthetic", root / "images", root / "labels", "--real", root / "real",
                 "--out", tmp_path / "out", "--label-ids", "labelIds", *SMALL[:-1], 8)
-    assert files(root) == before                                # nothing of the user's changed
+    assert content(root) == before                                # nothing of the user's changed
     made = {n for s in ("train", "test") for n in names(tmp_path / "out/synthetic" / s)}
     bad = {name.rpartition(".")[0]: words for name, (*_, words) in FRAMES.items() if words}
     assert made == {name.rpartition(".")[0].replace("/", "_") for name in FRAMES} - {*bad}
