@@ -276,66 +276,45 @@ def test_demo_is_deterministic_and_has_two_looks(tmp_path):
 # ------------------------------------------------------------------------------ what it refuses
 
 
-def ids(mode="L", value=7):
-    """A label of one id, as PIL image."""
-    image = Image.new("L", (64, 48), value)
-    return image if mode == "L" else image.convert(mode)
-
-
-def holed(image):
-    """An image with one transparent pixel."""
-    image = image.convert("RGBA")
-    image.putpixel((3, 3), (0, 0, 0, 0))
-    return image
-
-
-def damaged(suffix, keep):
-    """The first `keep` bytes of an image file."""
+def encoded(image, kind, **options):
+    """The bytes of a file that holds an image."""
     file = io.BytesIO()
-    noise(0).save(file, {".png": "PNG", ".jpg": "JPEG"}[suffix])
-    return file.getvalue()[:keep]
-
-
-def several(n):
-    """The bytes of a GIF of n pictures."""
-    file = io.BytesIO()
-    first, *others = [noise(i).convert("P") for i in range(n)]
-    first.save(file, "GIF", save_all=True, append_images=others)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
-DEEP, PHOTO = Image.fromarray(np.full((48, 64), 3000, np.uint16)), noise(0)
+PHOTO, LABEL = noise(0), Image.new("L", (64, 48), 7)
+HOLED, DEEP, TURNED = PHOTO.convert("RGBA"), Image.new("I;16", (64, 48), 3000), Image.Exif()
+HOLED.putpixel((3, 3), (0, 0, 0, 0))
+TURNED[0x0112] = 6
 # The table of bad (and good) input. File name of the image: image, label (as bytes or PIL), and
 # words of the reason for which the pair is skipped; none for a pair that must be taken.
 FRAMES = {
-    "fine.png": (PHOTO, ids(), ""),
-    "grey.png": (PHOTO.convert("L"), ids(), ""),
-    "black and white.png": (PHOTO.convert("1"), ids(), ""),
-    "palette.png": (PHOTO.convert("P"), ids(), ""),
-    "opaque.png": (PHOTO.convert("RGBA"), ids(), ""),
-    "Łódź/новый кадр.v2.png": (PHOTO, ids(), ""),
-    "PHOTO Ä 東京.JPG": (PHOTO, ids(), ""),
-    "PHOTO.JPEG": (PHOTO.convert("L"), ids(), ""),
-    "holed.png": (holed(PHOTO), ids(), "transparent"),
-    "deep.png": (DEEP, ids(), "mode I 8-bit"),
-    "cmyk.jpg": (PHOTO.convert("CMYK"), ids(), "CMYK RGB"),
-    "zero.png": (b"", ids(), "cannot identify"),
-    "text.png": (b"this is no image", ids(), "cannot identify"),
-    "cut.png": (damaged(".png", 3000), ids(), "truncated"),
-    "cut photo.jpg": (damaged(".jpg", 1000), ids(), "truncated"),
-    "head only.png": (damaged(".png", 40), ids(), "cannot identify"),
-    "wide.png": (noise(0, (48, 80)), ids(), "80x48 64x48"),
-    "zero label.png": (PHOTO, b"", "cannot identify"),
-    "binary label.png": (PHOTO, ids().convert("1"), "label mode 1"),
-    "two.gif": (several(2), ids(), "2 pictures"),
-    "n" * 247 + ".png": (PHOTO, ids(), ""),
-    "n" * 248 + ".png": (PHOTO, ids(), "name too long"),
-    "alpha label.png": (PHOTO, ids("LA"), "label mode LA"),
-    "rgba label.png": (PHOTO, ids("RGBA"), "label mode RGBA"),
+    "fine.png": (PHOTO, LABEL, ""),
+    "grey.png": (PHOTO.convert("L"), LABEL, ""),
+    "black and white.png": (PHOTO.convert("1"), LABEL, ""),
+    "palette.png": (PHOTO.convert("P"), LABEL, ""),
+    "opaque.png": (PHOTO.convert("RGBA"), LABEL, ""),
+    "Łódź/новый кадр.v2.png": (PHOTO, LABEL, ""),
+    "PHOTO Ä 東京.JPG": (PHOTO, LABEL, ""),
+    "PHOTO.JPEG": (PHOTO.convert("L"), LABEL, ""),
+    "holed.png": (HOLED, LABEL, "transparent"),
+    "deep.png": (DEEP, LABEL, "mode I 8-bit"),
+    "cmyk.jpg": (PHOTO.convert("CMYK"), LABEL, "CMYK RGB"),
+    "zero.png": (b"", LABEL, "cannot identify"),
+    "cut.png": (encoded(PHOTO, "PNG")[:3000], LABEL, "truncated"),
+    "wide.png": (noise(0, (48, 80)), LABEL, "80x48 64x48"),
+    "binary label.png": (PHOTO, LABEL.convert("1"), "label mode 1"),
+    "two.gif": (encoded(noise(1), "GIF", save_all=True, append_images=[PHOTO]), LABEL,
+                "2 pictures"),
+    "turned.jpg": (encoded(PHOTO, "JPEG", exif=TURNED), LABEL, "EXIF"),
+    "n" * 247 + ".png": (PHOTO, LABEL, ""),
+    "n" * 248 + ".png": (PHOTO, LABEL, "name too long"),
+    "alpha label.png": (PHOTO, LABEL.convert("LA"), "label mode LA"),
     "deep label.png": (PHOTO, DEEP, "label ids 3000"),
-    "unknown ids.png": (PHOTO, ids(value=77), "label ids 77 are not labelIds"),
+    "unknown ids.png": (PHOTO, Image.new("L", (64, 48), 77), "label ids 77 are not labelIds"),
     "no label.png": (PHOTO, None, "no label"),
-    "alone.png": (None, ids(), "label without an image"),
+    "alone.png": (None, LABEL, "label without an image"),
 }
 
 

@@ -268,15 +268,6 @@ def test_void_is_said_before_anything_is_trained_on_it(tmp_path):
     assert "every pixel is void" in err
 
 
-def test_a_turned_photo_with_a_label_is_skipped(tmp_path):
-    flags, exif = labelled(tmp_path, grey), Image.Exif()
-    exif[0x0112] = 6
-    noise(0).save(tmp_path / "images/00.png", exif=exif)
-    call("prepare.py", *flags, cwd=tmp_path)
-    (line,) = [x for x in record(tmp_path / "data")["skipped"] if "00.png" in x]
-    assert "EXIF" in line
-
-
 def test_labels_that_went_are_not_learned_from(tmp_path):
     flags = labelled(tmp_path, grey)
     call("prepare.py", *flags, "--out", "a", cwd=tmp_path)
