@@ -103,6 +103,7 @@ def test_compile_is_asked_of_both_networks(fresh, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net: asked.append(type(net).__name__))
     monkeypatch.chdir(fresh)
     for flags, wanted in (([], []), (["--compile", "--resume"], ["Refiner", "Discriminator"])):
-        monkeypatch.setattr(sys, "argv", ["train_gan.py", "--steps", "1", "--batch-size", "2", *flags])
+        monkeypatch.setattr(sys, "argv", ["train_gan.py", "--steps", "1", "--batch-size", "2",
+                                         *flags])
         train_gan.main()
         assert asked == wanted

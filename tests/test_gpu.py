@@ -120,13 +120,14 @@ def test_every_way_to_be_faster_trains_and_saves_the_same_keys(fresh, flags):
         assert found[part].keys() == wanted[part].keys()
         assert all(torch.isfinite(w).all() for w in found[part].values())
     if "--precision" in flags:
-        call("segment.py", "--network", "unet", "--epochs", 1, "--batch-size", 4, "--device", "cuda",
-             "--train", "real", *flags, cwd=fresh)
+        call("segment.py", "--network", "unet", "--epochs", 1, "--batch-size", 4, "--device",
+             "cuda", "--train", "real", *flags, cwd=fresh)
 
 
 @pytest.mark.parametrize("first, then", [("cuda", "cpu"), ("cpu", "cuda")])
 def test_a_run_stopped_on_one_device_resumes_on_the_other(fresh, first, then):
-    gan = ["train_gan.py", "--steps", 60, "--batch-size", 2, "--save-every", 2, "--sample-every", 60]
+    gan = ["train_gan.py", "--steps", 60, "--batch-size", 2, "--save-every", 2, "--sample-every",
+           60]
     last = fresh / "runs/ours/last.pt"
     process = start(*gan, "--device", first, cwd=fresh)
     process.wait_for(last.exists)

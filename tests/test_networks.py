@@ -284,7 +284,8 @@ def test_losses_stay_float32():
 
 
 @pytest.mark.parametrize("seconds, asked, said", [
-    (0.1, "float32", "2.00"), (0.1, "bfloat16", "2.00"), (1, "float32", ""), (1, "bfloat16", "0.20")])
+    (0.1, "float32", "2.00"), (0.1, "bfloat16", "2.00"), (1, "float32", ""),
+    (1, "bfloat16", "0.20")])
 def test_the_speed_of_bfloat16_is_said(seconds, asked, said, monkeypatch):
     """On a CPU, measured: where it is asked for, and where it is worth a try."""
     ticks = iter([0, 9] + [0, 0.2] * 3 + [0, 9] + [0, seconds] * 3)   # the first warms up

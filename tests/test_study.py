@@ -220,7 +220,8 @@ def study(tmp_path, monkeypatch):
     for domain in run.GIVEN:
         (tmp_path / "data" / domain / "train").mkdir(parents=True)
     args = parsed(monkeypatch, "study.run", shlex.split(
-        f"test --data {tmp_path}/data --base {tmp_path}/runs --results {tmp_path} --precision tf32"))
+        f"test --data {tmp_path}/data --base {tmp_path}/runs --results {tmp_path} "
+        "--precision tf32"))
     found = SimpleNamespace(args=args, base=tmp_path / "runs", asked=[], fails=None)
 
     def note(command):
@@ -416,7 +417,8 @@ def test_the_demo_ends_in_one_picture(tmp_path, monkeypatch, capsys):
     scores = {a: {b: {"mIoU": (3 * i + j) / 10} for j, b in enumerate(rows)}
               for i, a in enumerate(rows)}
     write_json(tmp_path / "results/segment_unet.json", {
-        "seeds": [0, 1], "scores": {"0": scores, "1": scores}, "domains": rows, "images": 7, "epochs": 3,
+        "seeds": [0, 1], "scores": {"0": scores, "1": scores}, "domains": rows, "images": 7,
+        "epochs": 3,
         "test_images": {"real": 5}})
     write_json(tmp_path / "results/table2.json", {
         "label": "FID", "n": 5, "rows": {"ours": {"scores": {"fid": {"value": 12.34}}},

@@ -121,7 +121,8 @@ def test_a_folder_that_holds_labels_too_is_refused(tmp_path):
     fill(tmp_path / "cs/leftImg8bit/train/ulm", 4), fill(tmp_path / "cs/gtFine/train/ulm", 4)
     fill(tmp_path / "mixed", 4)
     noise(0).save(tmp_path / "mixed/00_gtFine_color.png")
-    for folder, words in (("gta", ("gta/labels", "give gta/images")), ("mixed", ("00_gtFine_color",)),
+    for folder, words in (("gta", ("gta/labels", "give gta/images")),
+                          ("mixed", ("00_gtFine_color",)),
                           ("cs", ("cs/gtFine", "give cs/leftImg8bit"))):
         _, err = call("prepare.py", "--synthetic", folder, "--real", "gta/images", *FLAGS,
                       cwd=tmp_path, status=2)
@@ -320,7 +321,8 @@ def test_two_classes_of_ones_own_from_end_to_end(tmp_path):
     assert re.search(rf"{head}ground .*\nobstacle +{share:.2f}% .*\n\(void\) ", out, re.M)
     call("segment.py", "--network", "unet", "--epochs", 1, cwd=tmp_path)     # a batch of all
     text = (tmp_path / "results/segment_unet.md").read_text()
-    assert "| obstacle |" in text and "0.49" not in text and "| classes in the mean | 2 | 2 |" in text
+    assert "| obstacle |" in text and "0.49" not in text
+    assert "| classes in the mean | 2 | 2 |" in text
     weights = torch.load(tmp_path / "results/weights/unet_real_seed0.pt", weights_only=True)
     assert len(weights["weights"]["head.bias"]) == 2
     (tmp_path / "classes.txt").write_text("ground\nobstacle\nsky\n")   # the same labels, 3 classes
@@ -391,7 +393,8 @@ def test_paths_have_spaces_slashes_and_a_home(raw, tmp_path):
 def test_figures_need_no_backend(tmp_path):
     """Every notebook's environment names one that a script may lack."""
     done = script("from support.figures import save_matrices\n"
-                  f"save_matrices({str(tmp_path / 'a.png')!r}, {{'t': [[1.0]], 'u': [[2.0]]}}, ['a'], ['b'])",
+                  f"save_matrices({str(tmp_path / 'a.png')!r}, {{'t': [[1.0]], 'u': [[2.0]]}}, "
+                  "['a'], ['b'])",
                   MPLBACKEND="module://matplotlib_inline.backend_inline")
     assert done.returncode == 0 and (tmp_path / "a.png").is_file(), done.stderr
 
@@ -405,8 +408,8 @@ def test_what_cannot_be_printed_is_replaced(encoding):
 
 def test_a_reader_that_goes_away_is_said(tmp_path):
     """| head -1: the data is either whole or said to be unfinished."""
-    done = subprocess.run(f"{sys.executable} {ROOT}/prepare.py --demo --size 24 48 --limit 2 --test "
-                          "1 --workers 1 | true", shell=True, cwd=tmp_path, capture_output=True,
+    done = subprocess.run(f"{sys.executable} {ROOT}/prepare.py --demo --size 24 48 --limit 2 "
+                          "--test 1 --workers 1 | true", shell=True, cwd=tmp_path, capture_output=True,
                           text=True)
     assert "run it again" in done.stderr or record(tmp_path / "data")["finished"]
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
@@ -422,7 +425,8 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys,
 
 
 def test_json_has_no_nan(tmp_path):
-    write_json(tmp_path / "a.json", {"a": [1.5, float("nan"), (float("inf"), "b")], "c": {"d": None}})
+    write_json(tmp_path / "a.json",
+               {"a": [1.5, float("nan"), (float("inf"), "b")], "c": {"d": None}})
     text = (tmp_path / "a.json").read_text()
     assert json.loads(text) == {"a": [1.5, None, [None, "b"]], "c": {"d": None}}
 
@@ -453,7 +457,7 @@ def test_a_damaged_download_names_the_file_to_delete(tmp_path, monkeypatch, cont
 
 def test_weights_are_computed_as_their_owner_does(tmp_path):
     """pytorch-fid's file has 1008 classes, and its last block takes the maximum where it averages:
-    exactly the last 192 of 2048 numbers differ. The copy here is torchvision's own block, told so."""
+    exactly the last 192 of 2048 numbers differ. The copy here is torchvision's block, told so."""
     torch.manual_seed(0)
     net = torchvision.models.inception_v3(weights=None, init_weights=False, aux_logits=False,
                                           num_classes=1008)
