@@ -143,7 +143,7 @@ def progress(iterable=None, **options):
 
 def in_parallel(function, jobs, workers):
     """Yield function(job) for every job, in order, computed by `workers` processes."""
-    workers = min(workers, len(jobs), 61)              # Windows takes no more
+    workers = min(workers, len(jobs), 61 if sys.platform == "win32" else len(jobs))
     try:
         with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
             yield from progress(pool.map(function, jobs), total=len(jobs), unit="image")

@@ -211,7 +211,9 @@ def find_cityscapes(root, split, ids):
 
 
 def opened(path):
-    """Image.open of a file with one picture; ValueError if it has more."""
+    """Image.open of a file with one picture; ValueError if it has more, or is none."""
+    if not path.is_file():
+        raise ValueError("a broken link, or no file")         # a named pipe would be waited for
     image = Image.open(path)
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":     # MPO: a camera's, and a
         raise ValueError(f"has {image.n_frames} pictures, wanted one")  # second view of it

@@ -9,6 +9,7 @@ from scipy.linalg import sqrtm
 from models import fid, kid, leave_out, ssim, trace_sqrt_eigen, trace_sqrt_nuclear
 from segment import train
 from support.cli import UserError
+from support.training import to_float
 
 # ------------------------------------------------------------------------------------- SSIM
 
@@ -174,3 +175,17 @@ def test_an_all_void_batch_harms_nothing():
     args.lr = torch.inf
     with pytest.raises(UserError, match="a test: the loss is nan; try a smaller --lr"):
         train(net, images, labels, args, torch.device("cpu"), "a test")
+
+
+def test_image_and_label_are_mirrored_together():
+    """Red is class 0 and always on the left, blue is class 1: a network that sees one pixel would
+    find both classes as likely, if only one of the two were mirrored."""
+    images, labels = torch.zeros(8, 3, 16, 32, dtype=torch.uint8), torch.zeros(8, 16, 32).byte()
+    images[:, 0, :, :16] = images[:, 2, :, 16:] = 255
+    labels[:, :, 16:] = 1
+    args = argparse.Namespace(batch_size=4, lr=0.1, epochs=20, precision="float32")
+    torch.manual_seed(0)
+    net = torch.nn.Conv2d(3, 19, 1)
+    train(net, images, labels, args, torch.device("cpu"), "a test")
+    likely = net(to_float(images)).softmax(1).gather(1, labels[:, None].long())
+    assert likely.min() > 0.9

@@ -52,7 +52,7 @@ def pictures(tmp_path_factory):
     noise(5, (20, 40)).save(cwd / "own/upright.jpg", exif=exif)
     (cwd / "own/broken.png").write_bytes(b"no picture")
     noise(6, (3, 9)).save(cwd / "own/tiny.png"), noise(7, (4, 9)).save(cwd / "own/small.png")
-    (cwd / "own/notes.txt").write_text("x")
+    (cwd / "own/notes.txt").write_text("x"), os.mkfifo(cwd / "own/pipe.png")
     R = wild_refiner()
     for name, stage in (("one", "average"), ("two", "best")):
         torch.save({"stage": stage, "step": 3, "refiner_args": R.args, "refiner": R.state_dict()},
@@ -73,8 +73,8 @@ def test_a_folder_of_pictures(pictures):
         wanted = refine.refine_tiles(R, np.array(picture), "cpu")
         assert np.array_equal(np.array(Image.open(pictures / "new" / name)), wanted), name
     assert Image.open(pictures / "new/upright.png").size == (20, 40)          # turned
-    for words in ("broken.png: cannot identify", "tiny.png: is smaller than 4 x 4", "6 pictures",
-                  "2 skipped", "files not read: 1 .txt"):
+    for words in ("broken.png: cannot identify", "tiny.png: is smaller than 4 x 4",
+                  "pipe.png: a broken link, or no file", "6 pictures", "3 skipped", "files not read: 1 .txt"):
         assert words in out
     before = {p: p.stat().st_mtime_ns for p in (pictures / "new").rglob("*.png")}
     (pictures / "new/4.png").unlink()
