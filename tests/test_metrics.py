@@ -7,7 +7,7 @@ import torch
 from scipy.linalg import sqrtm
 
 from models import fid, kid, leave_out, ssim, trace_sqrt_eigen, trace_sqrt_nuclear
-from segment import train
+from segment import confusion, scores, train
 from support.cli import UserError
 from support.training import to_float
 
@@ -156,7 +156,20 @@ def test_leave_out_leaves_out_one_group_of_every_set():
     assert leave_out(len, torch.zeros(3)).tolist() == [2] * 3
 
 
-# -------------------------------------- what void does; mIoU and accuracy: test_algorithm.py
+# -------------------------------------------------------- mIoU, pixel accuracy; what void does
+
+
+def test_the_scores_of_seven_pixels():
+    """Truth in rows; a void pixel (255) is no error, whatever was predicted there; class 2 is
+    absent and in no mean. IoU = TP / (TP + FP + FN)."""
+    truth = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 255]], dtype=torch.uint8)
+    predicted = torch.tensor([[0, 0, 1, 3], [0, 1, 1, 1]], dtype=torch.uint8)
+    matrix = confusion(truth, predicted, 4)
+    assert matrix.tolist() == [[3, 1, 0, 0], [0, 2, 0, 1], [0] * 4, [0] * 4]
+    found = scores(matrix)
+    assert found["IoU"] == pytest.approx([3 / 4, 2 / 4, np.nan, 0], nan_ok=True)
+    assert found["mIoU"] == pytest.approx(1.25 / 3) and found["classes"] == 3
+    assert found["accuracy"] == pytest.approx(100 * 5 / 7)
 
 
 def test_an_all_void_batch_harms_nothing():
