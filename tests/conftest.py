@@ -35,6 +35,7 @@ def as_main(script, args, cwd, out, megabytes):
         os.dup2(os.open(f"{out}/{name}", os.O_WRONLY | os.O_CREAT), stream)
     multiprocessing.set_start_method("fork", force=True)       # of its own workers, as usual
     signal.signal(signal.SIGINT, signal.default_int_handler)   # which a shell's & ignores
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)               # and this one nohup
     torch = sys.modules["torch"]
     torch.set_num_threads(1)                       # two commands side by side have two cores
     if "--device" not in args:                     # equal bits are a CPU's promise
