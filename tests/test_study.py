@@ -120,15 +120,17 @@ def test_a_verdict_needs_an_interval_on_one_side(values, least, wanted):
 
 
 def test_a_change_beside_ours_of_the_same_seeds(record):
-    """The margin is half the 95 % interval, its sd pooled over two rows: t = 4.3027."""
+    """The margin is half the 95 % interval, its sd pooled over four rows: t = 2.7764."""
     found = report.changes(record, "mIoU")
-    assert set(found) == {"simgan", "other"}
+    scores_of = {**dict.fromkeys(["synthetic", "colour", "simgan"], (0.10, 0.10)),
+                 "other": (0.14, 0.175)}
+    assert set(found) == set(scores_of)
     differences = {row: [near(a) - near(b) for a, b in zip(scores, (0.15, 0.175))]
-                   for row, scores in {"simgan": (0.10, 0.10), "other": (0.14, 0.175)}.items()}
+                   for row, scores in scores_of.items()}
     squares = sum((a - b) ** 2 / 2 for a, b in differences.values())
     for row, values in differences.items():
         assert found[row]["mean"] == pytest.approx(sum(values) / 2)
-        assert found[row]["margin"] == pytest.approx(4.3027 * (squares / 2 / 2) ** 0.5, rel=1e-4)
+        assert found[row]["margin"] == pytest.approx(2.7764 * (squares / 4 / 2) ** 0.5, rel=1e-4)
     fid = report.changes(record, "fid")["other"]
     assert fid["mean"] == pytest.approx(8)                              # 20 - 10, 20 - 14
     assert report.change_cell({"mean": -0.05, "margin": 0.04}, 3) == "**-0.050** ± 0.040"
