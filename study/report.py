@@ -1,10 +1,9 @@
 """The tables of a study: what study.run has measured, over the seeds, beside the paper's numbers.
 
 Reads   study/results/NAME.json   the record; no data, no checkpoint
-Writes  study/results/NAME.md     the claims, Tables 2 to 6, differences, classes, epochs, changes
-        study/results/NAME.png    mIoU on real by training images, and over the epochs
+Writes  study/results/NAME.md     the claims, Tables 2 to 6, differences, classes, epochs
 
-    python -m study.report game-look-40x80
+    python -m study.report game-80x160
 """
 import json
 from pathlib import Path
@@ -17,7 +16,6 @@ from evaluate import PAPER as PAPER_TABLE2
 from prepare import CLASSES, TABLE
 from segment import (NETWORKS, PAPER, class_table, matrix_table, mean_spread, of_seeds, scores)
 from support.cli import UserError, markdown_table, parser, path_of, start, write_text
-from support.figures import Figure, save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = {"mIoU": 3, "shared": 3, "accuracy": 1, "fid": 1, "kid": 1, "ssim": 3, "ssim_range1": 4}
@@ -30,9 +28,6 @@ CLAIMS = [("training on refined images is better than on synthetic ones", "ours"
 AIM = 40                                                     # of this repository: % of the gap
 NOTE = ("± is the standard deviation over the seeds, [ ] a 95 % interval of their mean (Student's "
         "t); differences are paired by seed.")
-CHANCE = ("± is what chance explains (95 %), from the spread of all rows together; a bold number is "
-          "larger. Of twenty such numbers chance makes about one bold.")
-NO_CHANGES = ["ours", "pretrained", "real"]                   # all others are set beside ours
 
 
 # ----------------------------------------------------------------- numbers over the seeds
@@ -177,12 +172,6 @@ def claims_table(record, by_network):
         rows.append(["the diagonal of Tables 3 to 6 is the highest of its row and column",
                      "holds" if best == cases else "does not always hold",
                      f"{best} of {cases} rows and columns"])
-    change = changes(record, "mIoU").get("rule")
-    if change and change["margin"]:
-        worse = change["mean"] + change["margin"] < 0
-        rows.append(["the paper's rule picks the best step", "does not hold" if worse else
-                     "cannot tell", f"mIoU {change['mean']:+.3f} to the average of the last steps; "
-                     f"chance explains {change['margin']:.3f}"])
     return markdown_table(["claim", "verdict", "number [95 %]"], rows)
 
 
@@ -252,67 +241,6 @@ def epochs_table(record, network):
     return markdown_table(head, rows) if rows else ""
 
 
-# ---------------------------------------------------------------------- what was changed
-
-
-def change_scores(record, row, metric):
-    """{seed: score} of a row, at the length at which the changes are compared."""
-    if metric == "fid":
-        return quality(record, row, metric)
-    return on_real(tested_by_seed(record, **record["changes"]), row, metric)
-
-
-def changes(record, metric):
-    """{row: {"mean", "margin"}}: every changed row minus ours of the same seeds.
-
-    The margin is what chance explains: half the 95 % interval of a mean of n seeds is
-    t sd / sqrt(n). Two seeds say little of sd, so it is pooled over all rows, as if it were the
-    same for all. None where no row has two seeds that differ.
-    """
-    ours, found = change_scores(record, "ours", metric), {}
-    for row in record["rows"]:
-        values = minus(change_scores(record, row, metric), ours)
-        if row not in NO_CHANGES and values:
-            found[row] = np.array(values)
-    freedom = sum(len(values) - 1 for values in found.values())
-    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in found.values())
-    wide = float(student.ppf(0.975, freedom)) * (squares / freedom) ** 0.5 if squares else None
-    return {row: {"mean": float(values.mean()), "margin": wide and wide / len(values) ** 0.5}
-            for row, values in found.items()}
-
-
-def change_cell(change, digits):
-    """"+0.010 ± 0.007", bold where it is more than chance explains."""
-    text = f"{change['mean']:+.{digits}f}"
-    if change["margin"] is None:
-        return text
-    if abs(change["mean"]) > change["margin"]:
-        text = f"**{text}**"
-    return f"{text} ± {change['margin']:.{digits}f}"
-
-
-def mean_change(record, row):
-    """How far R moves an image at the end of its training, mean over the seeds, as text."""
-    values = [numbers["training"][row]["mean_change"] for numbers in record["seeds"].values()
-              if row in numbers["training"]]
-    return f"{np.mean(values):.2f}" if values else "-"
-
-
-def changes_table(record):
-    """Everything that was changed, one thing a row, beside ours of the same seeds."""
-    found = {metric: changes(record, metric) for metric in ("fid", "mIoU", "accuracy")}
-    rows = []
-    for row in ["ours", *found["mIoU"]]:
-        cells = [record["rows"][row]["says"], ", ".join(change_scores(record, row, "mIoU")),
-                 mean_change(record, row)]
-        for metric in found:
-            cells.append(with_spread(change_scores(record, row, metric), metric) if row == "ours"
-                         else change_cell(found[metric][row], DIGITS[metric]))
-        rows.append(cells)
-    return markdown_table(["what was changed", "seeds", "mean abs(R(x) - x)", "FID minus ours",
-                           "mIoU on real minus ours", "accuracy on real, %, minus ours"], rows)
-
-
 # ------------------------------------------------------------------------------ the report
 
 
@@ -322,48 +250,16 @@ def text_of(record):
     parts = [f"# {record['name']}", NOTE, claims_table(record, by_network),
              f"## Table 2, seed {', '.join(record['seeds'])}", table2(record)]
     for network, by_seed in by_network.items():
-        parts += [f"## {NETWORKS[network]}, {record['epochs'][network]} epochs, seed "
-                  f"{', '.join(by_seed)}", real_table(record, by_seed),
+        parts += [f"## {NETWORKS[network]}, {record['epochs']} epochs, seed {', '.join(by_seed)}",
+                  real_table(record, by_seed),
                   *segment_tables(record, network, by_seed), epochs_table(record, network)]
-    if changes(record, "mIoU"):
-        parts += ["## What was changed: {}, {} epochs".format(
-            NETWORKS[record["changes"]["network"]], record["changes"]["epochs"]), CHANCE,
-            changes_table(record)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def networks_of(record):
     """{network: `tested_by_seed`} of the networks that have been trained, at their main length."""
-    found = {network: tested_by_seed(record, network, record["epochs"].get(network))
-             for network in NETWORKS}
+    found = {network: tested_by_seed(record, network, record["epochs"]) for network in NETWORKS}
     return {network: by_seed for network, by_seed in found.items() if by_seed}
-
-
-def draw(record, path):
-    """mIoU on real by training images, a bar and its seeds; and over the epochs, if there
-    are several numbers of them."""
-    by_network, found = networks_of(record), over_epochs(record, "unet")
-    panels = len(by_network) + (len(found) > 1)
-    figure = Figure(figsize=(5 * panels, 3.6), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for axis, (network, by_seed) in zip(axes, by_network.items()):
-        names = rows_in(record, by_seed)[::-1]                # barh draws from below
-        for i, row in enumerate(names):
-            values = list(on_real(by_seed, row, "mIoU").values())
-            axis.barh(i, np.mean(values), color="0.7" if row in ("synthetic", "real") else "C0")
-            axis.plot(values, [i] * len(values), "k.")
-        axis.set(yticks=range(len(names)), yticklabels=names, xlabel="mIoU on real",
-                 title=f"{NETWORKS[network]}, {record['epochs'][network]} epochs")
-        axis.locator_params(axis="x", nbins=5)
-    if len(found) > 1:                                        # a line for every training set
-        for row in ("synthetic", "colour", "simgan", "ours", "real"):
-            values = {n: list(on_real(found[n], row, "mIoU").values()) for n in found}
-            here = [n for n in found if values[n]]
-            if here:
-                axes[-1].plot(here, [np.mean(values[n]) for n in here], marker="o", label=row)
-        axes[-1].set(title="U-Net over the epochs", xlabel="epochs", ylabel="mIoU on real")
-        axes[-1].legend()
-    save_figure(path, figure)
 
 
 def arguments():
@@ -378,12 +274,10 @@ def main():
     source = args.results / f"{args.name}.json"
     if not source.is_file():
         raise UserError(f"{source}: no such record; study.run writes it")
-    print(f"study.report: reads {source}; writes {args.results}/{args.name}.md and .png\n")
+    print(f"study.report: reads {source}; writes {args.results}/{args.name}.md\n")
     record = json.loads(source.read_text(encoding="utf-8"))
     text = text_of(record)
     write_text(source.with_suffix(".md"), text)
-    if networks_of(record):                                   # else only Table 2 is there yet
-        draw(record, source.with_suffix(".png"))
     print(text)
 
 

@@ -33,27 +33,23 @@ from support.training import add_inception_flag, add_precision_flag
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN = ["synthetic", "real"]                                # made by prepare.py for all seeds
 
-# The rows, in the order of the work. "says": what was changed. "pretrain", "gan": flags added to
-# those of pretrain.py, train_gan.py. "method": simgan, if not ours. "checkpoint": what refine.py
+# The rows, in the order of the work, and what is changed in them. "pretrain", "gan": flags added
+# to those of pretrain.py, train_gan.py. "method": simgan, if not ours. "checkpoint": what refine.py
 # takes, if not average.pt; "of": of that row's training, which is not done again. "filter": images
 # made by that module. "segment": False, if no network is trained on the row.
 ROWS = {
-    "synthetic": {"says": "images as they are rendered"},
-    "real": {"says": "real images: what is aimed at"},
-    "colour": {"says": "no R: mean and deviation of every channel matched to real",
-               "filter": "study.colour"},
-    "simgan": {"says": "SimGAN: R pre-trained by L1", "method": "simgan"},
-    "ours": {"says": "the paper's method: R pre-trained by a perceptual loss"},
-    "pretrained": {"says": "R after its pre-training", "of": "ours", "checkpoint": "pretrain.pt",
-                   "segment": False},
-    "as-printed": {"says": "L_rec by L1, D's last ReLU and the rule's step, as printed",
-                   "pretrain": "--final-relu", "gan": "--rec l1", "checkpoint": "gan.pt"},
-    "finer-d": {"says": "D sees patches of 20 x 20 pixels, not 50 x 50",
-                "pretrain": "--d-stride 1"},
+    "synthetic": {},
+    "real": {},
+    "colour": {"filter": "study.colour"},                    # no R: the channels matched to real
+    "simgan": {"method": "simgan"},                          # R pre-trained by L1
+    "ours": {},
+    "pretrained": {"of": "ours", "checkpoint": "pretrain.pt", "segment": False},
+    "as-printed": {"pretrain": "--final-relu", "gan": "--rec l1", "checkpoint": "gan.pt"},
+    "finer-d": {"pretrain": "--d-stride 1"},                 # patches of 20 x 20 pixels, not 50 x 50
 }
 COLUMNS = ["loss_adv", "loss_rec", "d_loss_real", "d_loss_refined", "d_acc_real",
            "d_acc_refined", "mean_change"]                   # of the log, kept as means
-TABLE2 = ["label", "n", "weights_sha256", "device", "versions", "rows", "differences"]
+TABLE2 = ["label", "n", "weights_sha256", "device", "versions", "rows"]
 CHECKPOINTS = {"pretrain.py": "pretrain.pt", "train_gan.py": "last.pt"}    # to --resume from
 
 
@@ -245,9 +241,7 @@ def write_record(args):
     for folder in sorted(args.base.glob("seed*")):
         if (folder / "results/table2.json").is_file():
             seeds[folder.name.removeprefix("seed")] = numbers_of_seed(folder)
-    record = {"name": args.name, "settings": settings,
-              "epochs": {"unet": args.epochs, "deeplabv3plus": args.epochs},
-              "changes": {"network": "unet", "epochs": args.epochs},
+    record = {"name": args.name, "settings": settings, "epochs": args.epochs,
               "rows": {name: ROWS[name] for name in args.rows}, "seeds": seeds}
     write_json(args.results / f"{args.name}.json", record, indent=None)
     curves = args.base / "seed0/runs/ours/curves.png"

@@ -47,7 +47,7 @@ def headings(file):
 def test_the_readmes_links_lead_somewhere(readme):
     text = readme.read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)#:]*)(?:#([^):]+))?\)", text)
-    assert len(links) > 8 and not re.findall(r"@[A-Z]+", text)        # no unfilled place
+    assert len(links) >= 8 and not re.findall(r"@[A-Z]+", text)        # no unfilled place
     for link, anchor in links:
         file = readme.parent / link if link else readme
         assert file.exists() and (not anchor or anchor in headings(file)), (link, anchor)
@@ -211,10 +211,10 @@ def test_a_mistake_gets_one_line_and_status_2(command, words, empty, monkeypatch
 def test_the_readmes_result_is_the_studys():
     """mIoU and accuracy on real of every row stand so in the table that study.report made."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    record = (ROOT / "study/results/game-look-40x80.md").read_text(encoding="utf-8")
+    record = (ROOT / "study/results/game-80x160.md").read_text(encoding="utf-8")
     table = re.search(r"\| trained on \| mIoU on real .*?\n\n", readme, re.S)[0]
     table = table.strip().splitlines()[2:]
-    assert len(table) == 5
+    assert [line.split()[1] for line in table] == ["synthetic", "ours", "real"]
     for line in table:
         name, miou, accuracy = line.strip("| ").split(" | ")
         rows = [row.split(" | ") for row in record.splitlines() if row.startswith(f"| {name} |")]
