@@ -298,12 +298,9 @@ def gaussian_mean(maps):
 
 def window_matrix(n, like):
     """[n-10, n]: row i holds the Gaussian weights of pixels i to i+10, type and device `like`."""
-    distance = torch.arange(11, dtype=torch.float64) - 5
-    weights = (-distance ** 2 / (2 * 1.5 ** 2)).exp()
-    matrix = torch.zeros(n - 10, n, dtype=torch.float64)
-    for i in range(n - 10):
-        matrix[i, i:i + 11] = weights / weights.sum()
-    return matrix.to(like)
+    distance = torch.arange(n, dtype=torch.float64) - torch.arange(n - 10)[:, None] - 5
+    weights = (-distance ** 2 / (2 * 1.5 ** 2)).exp() * (distance.abs() <= 5)
+    return (weights / weights.sum(1, keepdim=True)).to(like)
 
 
 # ----------------------------------------------------------------------- how sure a score is
