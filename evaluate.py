@@ -74,11 +74,11 @@ def difference(row, other):
     return result
 
 
-def compare(rows, images, n):
+def compare(rows, images):
     """Scores with their errors, and the differences: to the first row, and ours to simgan."""
     found = {"rows": {}, "differences": {}}
     for d, row in rows.items():
-        found["rows"][d] = {"n": n, "images_sha256": sha256(images[d].split(64)),
+        found["rows"][d] = {"images_sha256": sha256(images[d].split(64)),
                             "scores": {m: with_error(*s) for m, s in row.items()}}
     first, *others = rows
     for a, b in [(d, first) for d in others] + [("ours", "simgan")]:
@@ -109,13 +109,13 @@ def tables(record):
     rows, differences = [], []
     for name, row in record["rows"].items():
         paper = map(str, PAPER.get(name, ("-", "-")))
-        rows.append([name, str(row["n"]), *cells(row["scores"]), *paper])
+        rows.append([name, *cells(row["scores"]), *paper])
     for name, d in record["differences"].items():
         differences.append([name, *cells(d, "+")])
     columns = ["KID x 1000", "SSIM (L = 255)", "SSIM (L = 1)"]
     return "\n".join([
-        markdown_table(["images vs real", "N", record["label"], *columns, "paper FID",
-                        "paper SSIM"], rows), "",
+        markdown_table(["images vs real", record["label"], *columns, "paper FID", "paper SSIM"],
+                       rows), "",
         f"N = {record['n']} images on both sides of every row; ± is one standard error "
         "(jackknife) at this N: FID's bias is not in it.", "",
         markdown_table(["difference", "FID", *columns], differences), "",
@@ -153,7 +153,7 @@ def find_domains(folder):
     if not found:
         raise UserError(f"{folder}: no domain folder with test/ in it; run prepare.py first")
     for missing in [d for d in PAPER if d not in found]:
-        print(f"missing: {folder / missing}/ (its row is left out; refine.py makes it)")
+        print(f"missing: {folder / missing}/ (left out; prepare.py or refine.py makes it)")
     domains = [d for d in PAPER if d in found] + [d for d in found if d not in PAPER]
     check_domains(folder, [*domains, "real"], ["test"])
     for d in domains:
@@ -223,9 +223,8 @@ def main():
     # 4. The report.
     record = {**provenance(args, device), "label": label, "weights_sha256": weights,
               "resize": "bilinear to 299 x 299, align_corners=False, no antialias",
-              "n": len(partners), "pair_seed": args.pair_seed,
-              "real_sha256": sha256(partners.split(64))}
-    record |= compare(rows, {**images, CONTROL: flat}, len(partners))
+              "n": len(partners), "real_sha256": sha256(partners.split(64))}
+    record |= compare(rows, {**images, CONTROL: flat})
     write_json(args.out / "table2.json", record)
     write_text(args.out / "table2.md", tables(record))
     print(tables(record))

@@ -4,14 +4,14 @@ Reads   GTA-V and Cityscapes in their official folders, any other image (+ label
         nothing (--demo draws a toy town).
 Writes  data/{synthetic,real}/{train,test}/images/NAME.png   RGB, all of one size
         data/{synthetic,real}/{train,test}/labels/NAME.png   palette; index = trainId 0..18, 255
-        data/prepare.json   the settings, which frames were held out, counts, what was skipped
+        data/prepare.json   the settings, counts, what was skipped
 
     python prepare.py --gta5 ~/gtav --cityscapes ~/cityscapes          the paper's data
     python prepare.py --synthetic IMAGES LABELS --real IMAGES LABELS   any other
     python prepare.py --demo                                           no data at all
 
-Two cores do 20 full-size frames a second. The other stages import the format from here:
-CLASSES, TABLE, IGNORE, load_images, load_labels.
+Two cores do 20 full-size frames a second. The other stages import the format from here: TABLE,
+CLASSES, PALETTE, IGNORE, names, files_of, load_images, load_labels, check_domains.
 """
 from collections import Counter
 from functools import partial
@@ -89,7 +89,7 @@ def load_labels(folder):
 
 def check_domains(folder, domains, splits):
     """UserError unless these domains below `folder` can be compared: images of one size and, where
-    refine.py made one, the names and the very images of today's synthetic/."""
+    refine.py made one, the names and the very images and labels of its source today."""
     sizes = {}
     for here in [folder / domain / split for domain in domains for split in splits]:
         sizes[here] = read_stack(files_of(here)[:1], "RGB").shape[2:]
@@ -97,12 +97,14 @@ def check_domains(folder, domains, splits):
         if sizes[here] != sizes[first]:
             raise UserError("{}: images are {} x {}, those of {} are {} x {}; prepare both with "
                             "one --size".format(here, *sizes[here], first, *sizes[first]))
-        source, record = folder / "synthetic" / here.name, here.parent / "refine.json"
-        if record.is_file() and (source / "images").is_dir():
-            made_of = read_record(record).get("source_sha256", {}).get(here.name)
-            if names(here) != names(source) or made_of and made_of != sha256_of(files_of(source)):
-                raise UserError(f"{here.parent}: was refined from other images than those in "
-                                f"{source.parent} today; run refine.py again")
+        record = here.parent / "refine.json"
+        made = read_record(record) if record.is_file() else {}
+        source = folder / Path(made.get("source", "synthetic")).name / here.name
+        if made and (source / "images").is_dir():
+            made_of = made.get("source_sha256", {}).get(here.name)
+            if names(here) != names(source) or made_of and made_of != sha256_of(source):
+                raise UserError(f"{here.parent}: was refined from other images or labels than "
+                                f"those in {source.parent} today; run refine.py again")
 
 
 # ------------------------------------------------------------------ finding the raw frames
@@ -141,7 +143,7 @@ def find(domain, args):
     return find_folder(images, labels, args.label_ids), None
 
 
-def split(domain, train, test, args, rng):
+def hold_out(domain, train, test, args, rng):
     """The test part and the training part of a domain, frames in random order. Without official
     test frames some are held out: 200 or a fifth."""
     if test is None:
@@ -170,7 +172,7 @@ def plan(args):
             found.frames.extend(some.frames)
             found.skipped.extend(some.skipped)
             found.unread.update(some.unread)
-        parts[domain, "test"], parts[domain, "train"] = split(
+        parts[domain, "test"], parts[domain, "train"] = hold_out(
             domain, train.frames, test and test.frames, args, rng)
     return parts, found
 
@@ -254,8 +256,8 @@ def make_domain(domain, parts, args):
             raise UserError(f"{domain}/{split}: all of its frames were skipped, the last because: "
                             "{}: {}".format(*skipped[-1]))
         for file in folder.glob("*/*.png*"):         # what an earlier run or a killed one has left
-            made = done[split].get(file.stem) if file.suffix == ".png" else None
-            if not made or file.parent.name == "labels" and not made.pixels.any():
+            one = done[split].get(file.stem) if file.suffix == ".png" else None
+            if not one or file.parent.name == "labels" and not one.pixels.any():
                 file.unlink()
     check_labels(domain, [*done["test"].values(), *done["train"].values()], args.label_ids)
     return done, skipped
@@ -301,7 +303,7 @@ def arguments():
     p.add_argument("--size", type=positive(int), nargs=2, default=[80, 160],
                    metavar=("H", "W"), help="(paper) size of every image")
     p.add_argument("--crop", nargs="+", metavar="N", help="(paper) TOP LEFT HEIGHT WIDTH, or "
-                   "none (default: 200 600 400 600 of GTA-V and Cityscapes, else none)")
+                   "none (default: 200 600 400 600 with --gta5 or --cityscapes, else none)")
     p.add_argument("--test", type=positive(int), help="(paper) test frames a domain "
                    "(default: 200, or a fifth of all, 3 at least, if that is less)")
     p.add_argument("--limit", type=positive(int), help="training frames a domain, at most; "
@@ -327,8 +329,9 @@ def check_flags(p, args):
     args.crop = numbers or None
     if min(args.size) < 24 or max(args.size) > 4096:
         p.error(f"--size {args.size[0]} {args.size[1]}: from 24 x 24 to 4096 x 4096")
-    if args.demo and (args.gta5 or args.cityscapes or args.synthetic or args.real):
-        p.error("--demo draws its own data: leave out the folders")
+    if args.demo and (args.gta5 or args.cityscapes or args.synthetic or args.real or args.crop
+                      or args.label_ids):
+        p.error("--demo draws its own data: leave out the folders, --crop and --label-ids")
     if args.gta5 and args.synthetic or args.cityscapes and args.real:
         p.error("--gta5 or --synthetic, --cityscapes or --real: one source a domain")
     if args.classes and (args.gta5 or args.cityscapes or args.demo or args.label_ids):
@@ -344,7 +347,7 @@ def settings_of(args):
         if flag not in ("workers", "strict", "out"):
             settings[flag] = str([str(v) for v in value] if flag in ("synthetic", "real") and value
                                  else value)
-    return {**settings, "test": str(args.test or 200), "label_ids": args.label_ids or "labelIds"}
+    return {**settings, "label_ids": args.label_ids or "labelIds"}
 
 
 def main():
@@ -370,19 +373,18 @@ def main():
     write_json(args.out / "prepare.json", record)
 
     # 3. Crop, resize and relabel every frame.
-    done, held_out, bad = {}, {}, []
+    done, bad = {}, []
     for domain in ("synthetic", "real"):
         made, skipped = make_domain(domain, parts, args)
         done[domain, "train"], done[domain, "test"] = made["train"], made["test"]
-        held_out[domain] = sorted(made["test"])
         bad += skipped
 
     # 4. What came of it.
     counts = {"/".join(key): len(made) for key, made in done.items()}
     not_asked = len(found.frames) - sum(counts.values()) - len(bad)
     found.skipped.extend(bad)
-    record.update(finished=True, counts=counts, held_out=held_out, not_asked=not_asked,
-                  not_read=found.unread, skipped=[f"{file}: {why}" for file, why in found.skipped])
+    record.update(finished=True, counts=counts, not_asked=not_asked, not_read=found.unread,
+                  skipped=[f"{file}: {why}" for file, why in found.skipped])
     write_json(args.out / "prepare.json", record)
     summarise(done, parts, found, record, args)
 

@@ -133,7 +133,7 @@ def main():
              precision_note(device, args.precision))
 
     # 1. The images.
-    check_domains(args.data, ["synthetic", "real"], ["train"])
+    check_domains(args.data, ["synthetic", "real"], ["train", "test"])
     synthetic = load_images(args.data / "synthetic/train")
     real = load_images(args.data / "real/train")
     settings = settings_of(args, images=[synthetic, real])
@@ -141,7 +141,7 @@ def main():
     # 2. The networks: psi of Eq 5, R and D.
     psi = None
     if args.method == "ours":
-        psi = load_inception(args.inception, args.layer, real, args.seed).to(device)
+        psi = load_inception(args.inception, args.layer, images=real, seed=args.seed).to(device)
     torch.manual_seed(args.seed)
     R = place(Refiner(), device, learning=True)
     D = place(Discriminator(args.final_relu, args.d_stride), device, learning=True)

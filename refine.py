@@ -64,7 +64,7 @@ def check_out(args, record):
     if out.exists() and any(p.name not in own for p in out.iterdir()) and not made.is_file():
         raise UserError(f"{args.out}: is there already and was not made by refine.py; choose "
                         "another --out")
-    if out == source.resolve() or args.images and source.resolve() in out.parents:
+    if source.resolve() in (out, *out.parents):
         raise UserError(f"--out {args.out} lies in {'--images' if args.images else '--data'} "
                         "itself; choose another --out")
     old = read_record(made) if made.is_file() else record
@@ -103,8 +103,7 @@ def refine_domain(R, args, record, device):
     if not splits:
         raise UserError(f"{args.data}: no train/ or test/ in it; --data wants a domain folder "
                         "made by prepare.py")
-    record["source_sha256"] = {split: sha256_of(files_of(args.data / split))
-                               for split in splits}
+    record["source_sha256"] = {split: sha256_of(args.data / split) for split in splits}
     lock(args.out)
     write_json(args.out / "refine.json", {**record, "finished": False})
     count = 0

@@ -49,7 +49,6 @@ PAPER = {
         "accuracy": {"synthetic": (72.65, 29.14, 28.05), "simgan": (67.3, 70.9, 31.75),
                      "ours": (63.5, 72.79, 56.43), "real": (46.39, 39.38, 82.9)}},
 }
-DIGITS = {"mIoU": 3, "accuracy": 1}
 
 
 # -------------------------------------------------------------------------------- the scores
@@ -166,18 +165,18 @@ def of_seeds(by_seed, row, column, metric):
 
 def matrix_table(metric, paper_of_network, by_seed, rows, columns):
     """Trained x tested, the paper's cells bold and its figures beside them, as Markdown."""
+    unit, digits = ("fraction", 3) if metric == "mIoU" else ("%", 1)
     lines = []
     for row in rows:
         cells = [row]
         refined = "simgan" if row == "simgan" else "ours"
         paper = dict(zip(("synthetic", refined, "real"), paper_of_network.get(row, ())))
         for column in columns:
-            text = mean_spread(of_seeds(by_seed, row, column, metric), DIGITS[metric])
+            text = mean_spread(of_seeds(by_seed, row, column, metric), digits)
             if column in paper and text != "-":
                 text = f"**{text}** ({paper[column]})"
             cells.append(text)
         lines.append(cells)
-    unit = "fraction" if metric == "mIoU" else "%"
     return (f"{metric} ({unit}); the paper's cells are bold, its own figures in brackets\n\n"
             + markdown_table(["trained on \\ tested on", *columns], lines) + "\n")
 
@@ -225,7 +224,7 @@ def draw_table7(path, data, pictures, table):
     training domain, a training image and what each network predicts: pictures, {network: {domain:
     predictions on the real test images, [N, H, W]}}."""
     images, labels = data["real", "test"]
-    kinds = [len(label.unique()) for label in labels]
+    kinds = [len(label[label != IGNORE].unique()) for label in labels]
     shown = sorted(range(len(kinds)), key=lambda i: -kinds[i])[:3]
     rows = {"real test image": images[shown], "ground truth": colour(labels[shown], table)}
     for domain in next(iter(pictures.values())):
@@ -312,7 +311,8 @@ def train_and_test(network, data, rows, columns, args, device):
                 images, labels = data[d, "test"]
                 predicted = predict(net, images, args, device)
                 found[d] = confusion(labels, predicted, len(args.table))
-            pictures.setdefault(row, predicted)               # of real: the last column
+                if d == "real":
+                    pictures.setdefault(row, predicted)
             by_seed[seed][row] = {d: scores(m) for d, m in found.items()}
             matrices[seed][row] = {d: m.tolist() for d, m in found.items()}
     return by_seed, matrices, pictures

@@ -34,7 +34,7 @@ from support.training import (OPTIMIZERS, Batches, Training, add_training_flags,
                               rebuild, save_checkpoint, saved_run, settings_of, to_float, to_uint8)
 
 VALUES = 3 * 80 * 160                                  # of one image in the paper
-WARM_UP = 1000                        # steps of which none can be the best; half of a short run
+WARM_UP = 1000     # the best step comes later: at first D is fooled easily, no merit of R
 COLUMNS = ["loss_adv", "loss_rec", "d_loss_real", "d_loss_refined", "d_acc_real",
            "d_acc_refined", "mean_change", "history", "images_per_s", "ssim"]
 
@@ -226,11 +226,6 @@ def load_data(folder):
     return synthetic, real, (x[:n], y[:n])
 
 
-def warm_up(steps):
-    """After which step the best one is looked for: at first D is fooled easily, no merit of R."""
-    return min(WARM_UP, steps // 2)
-
-
 def check_steps(path, saved, args):
     """Another --steps may be asked for if until here the run would have been the same with it."""
     done, old = saved["step"], int(saved["settings"]["steps"])
@@ -284,7 +279,7 @@ def train(R, D, synthetic, real, pairs, args, device, settings, saved):
             recent = training.mean(args.sample_every)         # reads the log up to this step
             picture = args.run / f"samples/step_{step:06d}.png"
             training.rows[-1]["ssim"] = save_samples(picture, R, average, pairs, device)
-            if step > warm_up(args.steps):
+            if step > min(WARM_UP, args.steps // 2):
                 best.look(R, step, recent)
     return training.rows, best
 

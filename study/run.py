@@ -45,7 +45,7 @@ ROWS = {
     "ours": {},
     "pretrained": {"of": "ours", "checkpoint": "pretrain.pt", "segment": False},
     "as-printed": {"pretrain": "--final-relu", "gan": "--rec l1", "checkpoint": "gan.pt"},
-    "finer-d": {"pretrain": "--d-stride 1"},                 # patches of 20 x 20 pixels, not 50 x 50
+    "finer-d": {"pretrain": "--d-stride 1"},                 # patches of 20 x 20, not 50 x 50
 }
 COLUMNS = ["loss_adv", "loss_rec", "d_loss_real", "d_loss_refined", "d_acc_real",
            "d_acc_refined", "mean_change"]                   # of the log, kept as means

@@ -95,7 +95,8 @@ def parser(doc):
     """An ArgumentParser whose help is the script's own docstring; it has --seed."""
     p = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter,
                                 allow_abbrev=False)
-    p.add_argument("--seed", type=natural, default=0, help="decides every random choice")
+    p.add_argument("--seed", type=natural, default=0,
+                   help="of every random choice that has no flag of its own")
     return p
 
 

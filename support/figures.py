@@ -53,9 +53,8 @@ def draw_curves(axes, rows, window, best):
             window = min(window, len(values))
             mean = np.convolve(values, np.ones(window) / window, mode="valid")
             axis.plot(steps[window - 1:], mean)
-        if best:
-            axis.axvline(best, color="C3", linestyle="--", label=f"chosen step {best}")
-            axis.legend()
+        axis.axvline(best, color="C3", linestyle="--", label=f"chosen step {best}")
+        axis.legend()
         axis.set(title=title, xlabel="step")
 
 

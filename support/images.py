@@ -2,7 +2,7 @@
 
     read_stack          one tensor, if it fits into memory
     Images              in place of a tensor, for sets of any number
-    sha256_of           of files
+    sha256_of           of all of a split
 """
 import hashlib
 import math
@@ -74,9 +74,9 @@ class Images:
             yield read_stack(self.files[i:i + n], "RGB")
 
 
-def sha256_of(files):
-    """SHA-256 of the names and bytes of files."""
+def sha256_of(folder):
+    """SHA-256 of the names and bytes of the images and labels of a split folder."""
     digest = hashlib.sha256()
-    for file in files:
+    for file in sorted(folder.glob("*/*.png")):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()

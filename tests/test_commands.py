@@ -99,6 +99,7 @@ MISTAKES = [
     ("prepare.py", "nothing synthetic domain: --gta5 --demo"),
     ("prepare.py --demo --gta5 ok", "--demo"),
     ("prepare.py --demo --real ok", "--demo"),
+    ("prepare.py --demo --crop 0 0 5 5", "--crop"),
     ("prepare.py --gta5 ok --synthetic ok --real ok", "--gta5 --synthetic, source"),
     ("prepare.py --gta5 ok --real ok --classes no.txt", "--classes goes with"),
     ("pretrain.py --method other", "--method"),
@@ -135,6 +136,7 @@ MISTAKES = [
     ("pretrain.py --d-lr nan", "--d-lr above 0"),
     ("pretrain.py --d-optimizer rmsprop", "--d-optimizer"),
     ("pretrain.py --data sizes", "sizes 24 48 32 64"),
+    ("pretrain.py --data tested", "tested/real/test 24 48 32 64"),
     ("evaluate.py --data good --n 1 --inception random", "--n 1 least"),
     ("evaluate.py --data good --n 9 --inception random", "--n 9 has 5"),
     ("evaluate.py --data single --inception random", "single/ours: file names"),
@@ -183,6 +185,9 @@ def empty(tmp_path_factory):
                            ("low/real", "low/synthetic")):
         shutil.copytree(cwd / source, cwd / target)
     shutil.rmtree(cwd / "bare/real/test/labels")
+    shutil.copytree(cwd / "good/real", cwd / "tested/synthetic")
+    shutil.copytree(cwd / "good/real/train", cwd / "tested/real/train")
+    shutil.copytree(cwd / "sizes/synthetic/test", cwd / "tested/real/test")
     fill(cwd / "ok", 4)
     (cwd / "good/synthetic/refine.json").write_text('{"finished": true}')
     (cwd / "empty").mkdir()

@@ -107,11 +107,14 @@ def test_bad_frames_do_not_eat_test_and_limit(tmp_path, seed):
 
 @pytest.mark.parametrize("count, test", [(4, 2), (10, 3), (40, 8), (2000, 200)])
 def test_the_default_for_test_is_200_or_a_fifth(count, test):
-    """Of official test frames: 200. The toy town has 200 and 600."""
+    """Of official test frames: 200. The toy town has 200 and 600. A fifth is not 200, said."""
     args, random = SimpleNamespace(test=None, limit=None, demo=True), np.random.default_rng(0)
-    held_out, train = prepare.split("real", range(count), None, args, random)
+    said, silent = (SimpleNamespace(test=test, label_ids=None) for test in (200, None))
+    assert prepare.settings_of(said) != prepare.settings_of(silent)
+    held_out, train = prepare.hold_out("real", range(count), None, args, random)
     assert held_out.wanted == test and len(train.frames) == count - test
-    assert prepare.split("real", range(9), range(count), args, random)[0].wanted == min(200, count)
+    held_out, _ = prepare.hold_out("real", range(9), range(count), args, random)
+    assert held_out.wanted == min(200, count)
     assert [len(found.frames) for found in prepare.find("real", args)] == [600, 200]
 
 
@@ -357,18 +360,27 @@ def test_the_palette_of_ones_own_classes_says_nothing(tmp_path, colours):
 
 
 def test_a_domain_of_other_images_is_named(fresh):
-    """Of other frames, or of the same names prepared anew."""
-    call("refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "data/ours", cwd=fresh)
+    """Of other frames, or of the same names whose image or label has been prepared anew; a domain
+    may be refined from another one than synthetic."""
     data = fresh / "data"
-    check_domains(data, ["ours", "real"], ["train", "test"])
+    for source, out in (("synthetic", "ours"), ("ours", "twice")):
+        call("refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--data", f"data/{source}",
+             "--out", f"data/{out}", cwd=fresh)
+    check_domains(data, ["ours", "twice", "real"], ["train", "test"])
     file = data / f"ours/test/images/{names(data / 'ours/test')[0]}.png"
     file.rename(file.with_name("x.png"))
     with pytest.raises(UserError, match="data/ours: was refined from other images"):
         check_domains(data, ["ours"], ["test"])
     file.with_name("x.png").rename(file)
-    noise(0, (24, 48)).save(data / "synthetic/test/images" / file.name)
-    with pytest.raises(UserError, match="data/ours: was refined from other images"):
-        check_domains(data, ["ours"], ["test"])
+    for kind in ("images", "labels"):
+        source = data / "synthetic/test" / kind / file.name
+        before = source.read_bytes()
+        noise(0, (24, 48)).save(source)
+        with pytest.raises(UserError, match="than those in .*/synthetic today"):
+            check_domains(data, ["ours"], ["test"])
+        check_domains(data, ["twice"], ["test"])
+        source.write_bytes(before)
+    check_domains(data, ["ours"], ["test"])
 
 
 def script(code, **environment):
