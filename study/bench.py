@@ -132,7 +132,7 @@ def straightforward_step(size, n, device):
         for _ in range(2):
             refined = R(x)
             descend(optimizer_R, 50 * patch_loss(D(refined), REAL)
-                    + 78.6 * (refined - x).abs().mean())
+                    + 78.6 * (refined - x).square().mean())
         new = R(x[n // 2:])
         old = torch.stack([history[i] for i in torch.randint(len(history), (n // 2,))])
         descend(optimizer_D, patch_loss(D(torch.cat([new, old])), REFINED)

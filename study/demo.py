@@ -6,7 +6,6 @@ Writes  BASE/summary.png
     python -m study.demo --base demo                   of the toy town
     python -m study.demo --base .                      of your own run
 """
-import csv
 import json
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +15,7 @@ from segment import of_seeds
 from support.cli import UserError, parser, path_of, start
 from support.figures import save_summary
 from support.training import load_checkpoint
+from train_gan import COLUMNS
 
 
 def arguments():
@@ -29,15 +29,6 @@ def read_json(path):
     if not path.is_file():
         raise UserError(f"{path}: is not there; run the stages first (make demo)")
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_log(path):
-    """The rows of a log.csv, {column: number}."""
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            rows.append({column: float(value) for column, value in row.items()})
-    return rows
 
 
 def mean_mIoU(segment, row, column):
@@ -73,12 +64,13 @@ def main():
     images = {}
     for caption, domain in (("synthetic", "synthetic"), ("refined", "ours"), ("real", "real")):
         images[caption] = load_images(base / "data" / domain / "test")[:5]
-    best = load_checkpoint(base / "runs/ours/gan.pt", ["best"], "run train_gan.py first")
+    last = load_checkpoint(base / "runs/ours/last.pt", ["gan"], "run train_gan.py first")
+    log = [dict(zip(COLUMNS, row)) for row in last["log"]]
     table = []
     for row in rows:
         table.append([mean_mIoU(segment, row, column) for column in segment["domains"]])
-    save_summary(base / "summary.png", images, read_log(base / "runs/ours/log.csv"), best["step"],
-                 on_real, table, segment["domains"])
+    save_summary(base / "summary.png", images, log, last["best"]["step"], on_real, table,
+                 segment["domains"])
     print(f"\nAll in one picture: {base}/summary.png. Tables: {base}/results/*.md. Training: "
           f"{base}/runs/ours/samples/")
 

@@ -221,18 +221,13 @@ def segment_tables(record, network, by_seed):
     return [*tables, class_table(by_seed, names, TABLE).strip()]
 
 
-def over_epochs(record, network):
-    """{epochs: tested_by_seed} of the numbers of epochs that a network was trained for."""
-    found = set()
-    for numbers in record["seeds"].values():
-        found |= {entry["epochs"] for entry in numbers["segment"] if entry["network"] == network}
-    return {epochs: tested_by_seed(record, network, epochs) for epochs in sorted(found)}
-
-
 def epochs_table(record, network):
     """mIoU on real after every number of epochs, over the seeds that were trained so long; empty
     where there is only one number."""
-    found, rows = over_epochs(record, network), []
+    lengths, rows = set(), []
+    for numbers in record["seeds"].values():
+        lengths |= {entry["epochs"] for entry in numbers["segment"] if entry["network"] == network}
+    found = {epochs: tested_by_seed(record, network, epochs) for epochs in sorted(lengths)}
     for row in sorted(record["rows"], key=lambda row: row == "real"):
         cells = [with_spread(on_real(by_seed, row, "mIoU"), "mIoU") for by_seed in found.values()]
         if len(cells) - cells.count("-") > 1:
@@ -246,7 +241,8 @@ def epochs_table(record, network):
 
 def text_of(record):
     """The whole report of a record, as Markdown."""
-    by_network = networks_of(record)
+    found = {network: tested_by_seed(record, network, record["epochs"]) for network in NETWORKS}
+    by_network = {network: by_seed for network, by_seed in found.items() if by_seed}
     parts = [f"# {record['name']}", NOTE, claims_table(record, by_network),
              f"## Table 2, seed {', '.join(record['seeds'])}", table2(record)]
     for network, by_seed in by_network.items():
@@ -254,12 +250,6 @@ def text_of(record):
                   real_table(record, by_seed),
                   *segment_tables(record, network, by_seed), epochs_table(record, network)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def networks_of(record):
-    """{network: `tested_by_seed`} of the networks that have been trained, at their main length."""
-    found = {network: tested_by_seed(record, network, record["epochs"]) for network in NETWORKS}
-    return {network: by_seed for network, by_seed in found.items() if by_seed}
 
 
 def arguments():

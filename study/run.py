@@ -56,22 +56,14 @@ CHECKPOINTS = {"pretrain.py": "pretrain.pt", "train_gan.py": "last.pt"}    # to 
 # ------------------------------------------------------------------- the commands of a row
 
 
-def training(script, name, seed, folder, args):
-    """The flags that both trainings of a row take, after the script's name."""
+def training(stage, name, seed, folder, args):
+    """The command of a training of a row; stage: "pretrain" or "gan"."""
+    script = {"pretrain": "pretrain.py", "gan": "train_gan.py"}[stage]
+    inception = ["--inception", str(args.inception)] if stage == "pretrain" else []
     return [script, "--method", ROWS[name].get("method", "ours"), "--data", f"{folder}/data",
-            "--run", f"{folder}/runs/{name}", "--seed", str(seed), "--precision", args.precision]
-
-
-def pretraining(name, seed, folder, args):
-    """The command that pre-trains R and D of a row."""
-    return [*training("pretrain.py", name, seed, folder, args), "--inception", str(args.inception),
-            *shlex.split(args.pretrain), *shlex.split(ROWS[name].get("pretrain", ""))]
-
-
-def adversarial(name, seed, folder, args):
-    """The command of the adversarial training of a row."""
-    return [*training("train_gan.py", name, seed, folder, args),
-            *shlex.split(args.gan), *shlex.split(ROWS[name].get("gan", ""))]
+            "--run", f"{folder}/runs/{name}", "--seed", str(seed), "--precision", args.precision,
+            *inception, *shlex.split(getattr(args, stage)),
+            *shlex.split(ROWS[name].get(stage, ""))]
 
 
 def same_pretraining(name):
@@ -95,8 +87,8 @@ def commands_of_row(name, seed, folder, args):
     refine = ["refine.py", "--checkpoint", checkpoint, "--data", f"{folder}/data/synthetic",
               "--out", out]
     first = same_pretraining(trained)
-    return [(f"{first}-pretrain", pretraining(first, seed, folder, args)),
-            (f"{trained}-gan", adversarial(trained, seed, folder, args)),
+    return [(f"{first}-pretrain", training("pretrain", first, seed, folder, args)),
+            (f"{trained}-gan", training("gan", trained, seed, folder, args)),
             (f"{name}-refine", refine)]
 
 
@@ -112,13 +104,6 @@ def segmentations(seed, args):
     return wanted
 
 
-def segment_command(network, epochs, rows, seed, folder, args):
-    """The command that trains and tests one network on some rows."""
-    return ["segment.py", "--data", f"{folder}/data", "--out", f"{folder}/results/{epochs}-epochs",
-            "--network", network, "--epochs", str(epochs), "--seeds", str(seed),
-            "--precision", args.precision, "--train", *rows]
-
-
 # ------------------------------------------------------------------------------ the loop
 
 
@@ -128,9 +113,9 @@ def run(command):
         command = [str(ROOT / command[0]), *command[1:]]
     print(f"\n$ python {shlex.join(command)}", flush=True)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run([sys.executable, *command],
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
-    if done.returncode:
+    child = subprocess.Popen([sys.executable, *command],      # run() would kill it at a Ctrl-C
+                             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+    if child.wait():
         raise UserError("the study stopped (see above); the same command goes on")
 
 
@@ -168,7 +153,7 @@ def run_seed(seed, data, history, args):
     (folder / "data").mkdir(exist_ok=True)
     for name in GIVEN:
         link = folder / "data" / name
-        if not link.exists():
+        if not os.path.lexists(link):
             link.symlink_to((data / name).resolve())
         if link.resolve() != (data / name).resolve():
             raise UserError(f"{link}: is of other data; choose another name for this study")
@@ -180,7 +165,10 @@ def run_seed(seed, data, history, args):
     once(folder / "stamps/evaluate", evaluate, "\n".join([*made, shlex.join(evaluate)]))
     write_record(args)
     for network, epochs, rows in segmentations(seed, args):
-        command = segment_command(network, epochs, rows, seed, folder, args)
+        command = ["segment.py", "--data", f"{folder}/data", "--out",
+                   f"{folder}/results/{epochs}-epochs", "--network", network, "--epochs",
+                   str(epochs), "--seeds", str(seed), "--precision", args.precision,
+                   "--train", *rows]
         once(folder / f"stamps/{network}-{epochs}", command,
              "\n".join([*made, shlex.join(command)]))
         write_record(args)

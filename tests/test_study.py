@@ -1,6 +1,7 @@
 """study.run, study.report and study.colour; the tables of study/README.md are the records'."""
 import importlib
 import json
+import math
 import re
 import shlex
 import sys
@@ -17,8 +18,9 @@ import study.run as run
 from prepare import load_images
 from study import demo, report
 from support import figures
-from support.cli import UserError, write_json, write_text
+from support.cli import UserError, write_json
 from support.training import save_checkpoint, to_float
+from train_gan import COLUMNS
 
 README = ROOT / "study/README.md"
 RECORDS = sorted((ROOT / "study/results").glob("*-*.json"))
@@ -257,8 +259,9 @@ def test_what_is_finished_is_not_run_again(study, monkeypatch):
     study.asked = []
     run.run_seed(0, study.args.data, ["prepared anew"], study.args)
     assert study.asked[0][:2] == ["-m", "study.colour"]
-    with pytest.raises(UserError, match="is of other data"):
-        run.run_seed(0, study.base, ["data"], study.args)
+    for data in (study.base, study.args.data.rename(study.base / "moved")):
+        with pytest.raises(UserError, match="is of other data"):
+            run.run_seed(0, data, ["data"], study.args)
 
 
 def test_rows_that_differ_later_share_what_comes_before(study, monkeypatch):
@@ -282,6 +285,26 @@ def test_a_command_that_fails_is_not_taken_as_done(tmp_path, monkeypatch):
         run.once(tmp_path / "failed", ["prepare.py", "--test", "0"], "")
     run.once(tmp_path / "done", ["-m", "support.cli"], "")
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+def test_ctrl_c_leaves_a_training_the_time_to_save(monkeypatch):
+    """It gets the Ctrl-C too; subprocess.run would kill it."""
+    class Child:
+        def __init__(self, *args, **options):
+            self.kill, self.__class__.__exit__ = lambda: killed.append(self), lambda *_: None
+
+        def __enter__(self):
+            return self
+
+        def wait(self):
+            raise KeyboardInterrupt
+
+        communicate = lambda self, *args, **options: self.wait()  # noqa: E731
+    killed = []
+    monkeypatch.setattr("subprocess.Popen", Child)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(["train_gan.py"])
+    assert not killed
 
 
 def test_the_end_of_a_log_is_its_last_25_rows(tmp_path):
@@ -376,9 +399,9 @@ def test_the_demo_ends_in_one_picture(tmp_path, monkeypatch, capsys):
     write_json(tmp_path / "results/table2.json", {
         "label": "FID", "n": 5, "rows": {"ours": {"scores": {"fid": {"value": 12.34}}},
                                               "one flat colour": {"scores": {}}}})
-    write_text(tmp_path / "runs/ours/log.csv",
-               "step,ssim,d_loss_real,d_loss_refined\n1,nan,1,8\n2,0.5,2,6\n")
-    save_checkpoint(tmp_path / "runs/ours/gan.pt", "best", step=2)
+    log = [dict.fromkeys(COLUMNS, 1.0) | {"ssim": ssim} for ssim in (math.nan, 0.5)]
+    save_checkpoint(tmp_path / "runs/ours/last.pt", "gan", best={"step": 2},
+                    log=[list(row.values()) for row in log])
     monkeypatch.setattr(figures, "save_figure",
                         lambda path, figure: (drawn.append(figure), save(path, figure)))
     monkeypatch.setattr(sys, "argv", ["demo.py", "--base", str(tmp_path)])
