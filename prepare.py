@@ -59,7 +59,7 @@ def names(folder):
     for record in (above[1] / "refine.json", above[2] / "prepare.json"):
         if record.is_file() and not read_record(record).get("finished"):
             raise UserError(f"{record}: that run has not finished; run it again")
-    found = sorted(p.stem for p in images.glob("*.png"))
+    found = sorted(p.stem for p in images.glob("[!.]*.png"))
     if not found:
         raise UserError(f"{images}: no *.png there; run prepare.py (or refine.py) first")
     return found

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import shlex
+import signal
 import sys
 import tempfile
 import threading
@@ -116,7 +117,7 @@ def not_negative(text):
 
 def path_of(text):
     """An argparse type: a Path; ~ is the home folder, also after the = of --out=~/x."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def cpus():
@@ -155,6 +156,8 @@ def in_parallel(function, jobs, workers):
 
 def end_with_parent():
     """In a worker: end when the main process has, since a SIGKILL of it tells nobody."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)     # a Ctrl-C is the main process's to answer
+
     def watch():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -201,9 +204,6 @@ def writable(folder):
     tempfile.TemporaryFile(dir=folder).close()
 
 
-LOCKS = []                                           # open files: closing one frees its lock
-
-
 def lock(folder):
     """UserError if another process writes into `folder`; else keep others out until this one ends.
 
@@ -213,9 +213,9 @@ def lock(folder):
     Path(folder).mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         return
-    LOCKS.append(open(Path(folder) / ".lock", "w"))
+    file = os.open(Path(folder) / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)    # open to the end
     try:
-        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)     # not inherited by workers
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)     # not inherited by workers
     except BlockingIOError:
         raise UserError(f"{folder}: another process is writing there; wait for its end or choose "
                         "another folder") from None

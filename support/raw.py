@@ -5,7 +5,8 @@
     read_rgb, read_ids                          one picture or label map, or why it cannot be used
     read_label                                  its trainIds
     read_record, check_settings, usable
-    refined_names, by_ending                    where what refine.py makes of pictures goes
+    by_ending                                   what was not read, as text
+    refined_names                               where what refine.py makes of pictures goes
 """
 import json
 import os
@@ -19,7 +20,6 @@ from PIL import Image, ImageOps
 
 from support.cli import UserError, in_parallel
 
-Image.init()
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}       # Pillow knows them by name only
 ENDINGS = {ending for ending, name in Image.registered_extensions().items()
            if name in Image.OPEN and name not in NO_PICTURES}
@@ -29,7 +29,7 @@ ORIENTATION = 0x0112                                               # EXIF: how a
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 # Endings of label maps beside which another one may lie, and the folders of data sets.
-KINDS = ["labelIds", "labelTrainIds", "instanceIds", "color"]
+KINDS = ["_labelIds", "_labelTrainIds", "_instanceIds", "_color"]
 LABEL_FOLDERS = {"labels", "gtfine", "gtcoarse"}
 IMAGE_FOLDERS = {"images", "leftimg8bit"}
 
@@ -86,7 +86,7 @@ def only_photographs(folder, pictures):
                 meant = [str(other) for other in beside if other.name.lower() in IMAGE_FOLDERS]
                 raise UserError(f"{folder}: holds label maps too, in {folder / parent}; give "
                                 f"{meant[0] if meant else 'the folder of the photographs alone'}")
-        if path.stem.lower().endswith(tuple(f"_{kind}".lower() for kind in KINDS)):
+        if path.stem.lower().endswith(tuple(kind.lower() for kind in KINDS)):
             raise UserError(f"{path}: is a label map, so {folder} is no folder of images alone; "
                             "give the folder of the photographs")
 
@@ -95,9 +95,8 @@ def key_of(path, folder):
     """How an image and its label are found to belong together: the path below their folders, in
     one form of Unicode and without the endings of data sets, and which kind of label it is."""
     key = unicodedata.normalize("NFC", str(path.relative_to(folder).with_suffix("")))
-    kind = next((kind for kind in KINDS if key.endswith(f"_{kind}")), "")
-    key = key.removesuffix(f"_{kind}").removesuffix("_leftImg8bit")
-    return key.removesuffix("_gtFine"), kind
+    kind = next((kind for kind in KINDS if key.endswith(kind)), "")
+    return key.removesuffix(kind).removesuffix("_leftImg8bit").removesuffix("_gtFine"), kind
 
 
 def match_labels(keys, labels, ids):
@@ -106,7 +105,7 @@ def match_labels(keys, labels, ids):
     ids: what they hold, unless a name says it. Returns {key: (label, its ids)}, the labels without
     an image, and how many other files there are, by ending."""
     pictures, others = pictures_below(labels)
-    wanted = ["", "labelIds", "labelTrainIds"]       # of an image's labels the first of these
+    wanted = ["", "_labelIds", "_labelTrainIds"]     # of an image's labels the first of these
     if ids == "trainIds":
         wanted = wanted[::-1]
     best = {}
@@ -115,8 +114,8 @@ def match_labels(keys, labels, ids):
         if kind in wanted:                           # and of two of a kind the PNG
             label = wanted.index(kind), path.suffix.lower() != ".png", path
             best[key] = min(label, best.get(key, label))
-    named = [path for rank, _, path in best.values() if wanted[rank] == "labelIds"]
-    said = {"": ids, "labelIds": what_ids(named, ids), "labelTrainIds": "trainIds"}
+    named = [path for rank, _, path in best.values() if wanted[rank] == "_labelIds"]
+    said = {"": ids, "_labelIds": what_ids(named, ids), "_labelTrainIds": "trainIds"}
     label_of, alone = {}, []
     for key, (rank, _, path) in best.items():
         if key in keys:
@@ -125,8 +124,7 @@ def match_labels(keys, labels, ids):
             alone.append(path)
     used = {path for path, _ in label_of.values()}.union(alone)
     for path in set(pictures) - used:
-        kind = key_of(path, labels)[1]
-        others[f"_{kind}{path.suffix}" if kind else path.suffix.lower()] += 1
+        others[key_of(path, labels)[1] + path.suffix.lower()] += 1
     return label_of, alone, others
 
 
@@ -324,8 +322,7 @@ def by_colour(used, colours, ids, table):
     if at_home or not known or not colours[used].any():
         return None
     train_id = np.zeros(256, np.uint8)
-    for i, colour in shown.items():
-        train_id[i] = meaning[colour]
+    train_id[used] = [meaning[colour] for colour in shown.values()]
     return train_id
 
 
@@ -414,6 +411,11 @@ def usable(make, frames, wanted, workers):
     return done
 
 
+def by_ending(others):
+    """What was not read, as text."""
+    return ", ".join(f"{n} {ending}" for ending, n in sorted(others.items())) or "none"
+
+
 # -------------------------------------------------------------------------- for refine.py
 
 
@@ -432,8 +434,3 @@ def refined_names(path, out):
             raise UserError(f"{file} and {file_of[target]} would both become {target}; rename one")
         file_of[target] = file
     return file_of, others
-
-
-def by_ending(others):
-    """What was not read, as text."""
-    return ", ".join(f"{n} {ending}" for ending, n in sorted(others.items())) or "none"

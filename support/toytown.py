@@ -562,7 +562,7 @@ def draw(domain, seed, size=(80, 160)):
     """Draw one street scene.
 
     domain: "synthetic" (the game look) or "real" (the camera look); seed: an int >= 0 or a tuple
-    of them, which decides everything; size: (height, width), at least (24, 48).
+    of them, which decides everything; size: (height, width), at least (24, 24).
     Returns (image uint8 [H, W, 3] RGB, label uint8 [H, W] with Cityscapes trainIds 0..18).
     The same arguments give the same bytes (with the same versions of numpy and pillow).
     """

@@ -5,13 +5,15 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import call, content, noise, start
+from conftest import ROOT, call, content, noise, start
 
 import prepare
 import train_gan
@@ -129,6 +131,20 @@ def test_data_stages_killed_and_run_again(fresh, command, out):
     assert whole.keys() == again.keys() and len(whole) > 20
     assert not [k for k in whole if whole[k] != again[k]]
     assert not [p for p in Path("/proc").glob("[0-9]*/cwd") if Path(os.path.realpath(p)) == fresh]
+
+
+def test_ctrl_c_in_prepare_is_one_line(tmp_path):
+    """Also of the workers, two of which have nothing to do: the fifth frame is the third's."""
+    with open(tmp_path / "err", "w") as err:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "prepare.py", "--demo", "--size", "400", "800", "--test", "5",
+             "--limit", "1", "--workers", "3"], cwd=tmp_path, stderr=err, start_new_session=True)
+        while len(list(tmp_path.glob("data/synthetic/test/images/*.png"))) < 4:
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    said = (tmp_path / "err").read_text()
+    assert "Traceback" not in said and said.endswith("prepare.py: stopped; run it again to go on\n")
 
 
 def test_refine_killed_before_its_first_file_runs_again(fresh):

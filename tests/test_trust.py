@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,8 +25,8 @@ import prepare
 from models import DeepLabV3Plus, load_inception
 from prepare import PALETTE, TABLE, check_domains, load_labels, names
 from support import cli
-from support.cli import UserError, write_json
-from support.raw import VOID_COLOURS
+from support.cli import UserError, path_of, write_json
+from support.raw import VOID_COLOURS, find_folder
 from support.training import pick_device, to_float
 
 FLAGS = ["--crop", "none", "--size", 24, 48, "--workers", 1]
@@ -156,6 +157,16 @@ def test_what_lies_beside_the_labels_of_the_official_sets(raw, tmp_path):
     assert "gtFine/val: is missing" in call(*command, "--out", "c", cwd=tmp_path, status=2)[1]
     (cs / "gtFine").rename(cs / "gtCoarse")
     assert "gtCoarse/ only" in call(*command, "--out", "d", cwd=tmp_path, status=2)[1]
+
+
+def test_names_that_differ_by_a_sign_have_labels_of_their_own(tmp_path):
+    given = ["a", "a_", "_a", "a__", "a-", "a.b", "a_color_"]
+    for i, name in enumerate(given):
+        save(tmp_path / f"images/{name}.png", noise(i))
+        save(tmp_path / f"labels/{name}.png", blocks(i))
+    found = find_folder(tmp_path / "images", tmp_path / "labels", "labelIds")
+    assert {frame.name: frame.label.stem for frame in found.frames} == {n: n for n in given}
+    assert not found.skipped and not found.unread
 
 
 def test_names_in_two_forms_of_unicode_match(tmp_path):
@@ -400,6 +411,7 @@ def test_paths_have_spaces_slashes_and_a_home(raw, tmp_path):
                       "prepare.start(prepare.main)", HOME=str(home))
         assert done.returncode == 0, done.stderr
     assert record(home / "x")["settings"]["gta5"] == str(home / "gtav")
+    assert path_of("~nobody-here/x") == Path("~nobody-here/x")           # a folder of that name
 
 
 def test_figures_need_no_backend(tmp_path):
