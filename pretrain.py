@@ -2,7 +2,7 @@
 
 R learns to give back its input: `ours` by the perceptual loss (Eq 5), `simgan` by the L1
 self-regularisation (Eq 4). D learns to tell synthetic images from real ones. After this R
-changes nothing and D sees through it; the adversarial training (train_gan.py) starts there.
+changes next to nothing; the adversarial training (train_gan.py) starts there.
 
 Reads   data/synthetic/train, data/real/train (images only)
 Writes  runs/METHOD/pretrain.pt   both networks, both optimisers, the random state

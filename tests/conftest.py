@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import re
 import resource
 import runpy
 import shutil
@@ -84,6 +85,9 @@ def call(script, *args, cwd, status=0, megabytes=None):
     process = start(script, *args, cwd=cwd, megabytes=megabytes)
     found, out, err = process.wait(), process.read("stdout"), process.read("stderr")
     assert found == status, f"{script} {args}: {found}\n{out}\n{err}"
+    if status == 2:
+        last = err.strip().splitlines()[-1]
+        assert re.match(r"\S+: error: ", last) and "Traceback" not in err, err
     if status == 0 and "/" not in script and "--help" not in args:
         lines = out.splitlines()
         assert lines[0].startswith(f"{script}: "), f"{script} does not say what it does"

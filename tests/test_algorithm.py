@@ -333,7 +333,11 @@ def check_tables(folder, out):
 
 def test_segmentation_trainings_differ_in_data_and_seed_only(cwd):
     """Bit for bit: two seeds, hardly trained, on the same 10 of 11 images for all seeds; and every
-    matrix of confusion is what the network gives in eval mode."""
+    matrix of confusion, and Table 7 (of seed 0), is what the network gives in eval mode."""
+    def coloured(labels):
+        return torch.from_numpy(PALETTE[labels.numpy()]).permute(0, 3, 1, 2)
+    real = cwd / "data/real/test"
+    seen, table7 = load_images(real)[:3], [coloured(load_labels(real)[:3])]
     out, _ = call("segment.py", "--network", "unet", "--epochs", 2, "--batch-size", 4, "--seeds",
                   0, 1, "--train", *ROWS, cwd=cwd)
     for seed, table in check_tables(cwd / "results", out).items():
@@ -353,6 +357,11 @@ def test_segmentation_trainings_differ_in_data_and_seed_only(cwd):
                 wanted = plain.confusion(net, load_images(folder), load_labels(folder))
                 assert matrix.tolist() == wanted, (f"U-Net on {trained}, tested on {tested}: not "
                                                    "what it predicts (rows are truth)")
+            if seed == "0":
+                with torch.no_grad():
+                    predicted = net(plain.as_input(seen)).argmax(1)
+                table7 += [x[chosen][:3], coloured(predicted)]
+    assert shows(cwd / "results/table7.png", seen, *table7), "Table 7 shows something else"
 
 
 # ------------------------------------------------------------------------------- 4. Table 2
@@ -367,7 +376,7 @@ def table2(cwd):
 
 
 def test_table2_is_the_papers(table2, cwd):
-    """Each cell by its formula from the images of its row and the same real partners. Up to
+    """Three rows by the formulas from the images of its row and the same real partners. Up to
     rounding: plain.py takes the root of S1 S2 another way, and SSIM has float32."""
     found = json.loads((table2 / "table2.json").read_text())
     *domains, real, other = (load_images(cwd / "data" / folder) for folder in (
@@ -614,7 +623,7 @@ def test_inception_sees_299_pixels_in_its_range_and_order(size):
 
 DEFAULTS = {
     "prepare": {"--size": "[80, 160]",
-                "--crop": "200 600 400 600 with --gta5 or --cityscapes, else none",
+                "--crop": "200 600 400 600 if GTA-V or Cityscapes is given, else none",
                 "--test": "200, or a fifth of all, 3 at least, if that is less"},
     "pretrain": {"--steps": "1200", "--d-steps": "400", "--lr": "0.0001", "--d-lr": "0.001",
                  "--d-stride": "3"},
@@ -643,6 +652,8 @@ def test_the_papers_values_are_the_defaults(script, cwd):
     text = " ".join(text.split())
     assert ("--batch-size" in text) == ("batch (default: 16)" in text)
     assert ("--inception" in text) == ("file (default: imagenet)" in text)
+    assert ("--history" in text) == ("0: none (default: 100)" in text)
+    assert ("--epochs" in text) == ("over the data (default: 30)" in text)
     assert "(default: " in text and " --seed SEED " in text
     for flag, value in DEFAULTS[script].items():
         block = text.rsplit(f" {flag} ", 1)[1].split(" --")[0]
@@ -660,11 +671,13 @@ def test_tables_3_to_6_show_the_papers_numbers(tmp_path, monkeypatch):
     maps get."""
     drawn = []
     monkeypatch.setattr(segment, "save_matrices", lambda *what: drawn.append(what))
-    scores = {"mIoU": 0.5, "accuracy": 50.0, "IoU": [0.5] * 19, "classes": 19}
-    tested = {row: dict.fromkeys(COLUMNS, scores) for row in COLUMNS}
+    tested = {a: {b: {"mIoU": i - j / 4, "accuracy": 9 * i + j, "IoU": [0.5] * 19, "classes": 19}
+                  for j, b in enumerate(COLUMNS)} for i, a in enumerate(COLUMNS)}
     args = SimpleNamespace(epochs=1, batch_size=2, lr=1, seeds=[0], table=TABLE, out=tmp_path)
     segment.report("deeplabv3plus", {0: tested}, ROWS, COLUMNS, 2, args)
-    means = {"mIoU": [[0.5] * 4] * 2, "pixel accuracy (%)": [[50.0] * 4] * 2}
+    rows = [COLUMNS.index(row) for row in ROWS]
+    means = {"mIoU": [[i - j / 4 for j in range(4)] for i in rows],
+             "pixel accuracy (%)": [[9 * i + j for j in range(4)] for i in rows]}
     assert drawn == [(tmp_path / "segment_deeplabv3plus.png", means, ROWS, COLUMNS)]
     for network, wanted in TABLES.items():
         for metric, place in (("mIoU", 0), ("accuracy", 1)):

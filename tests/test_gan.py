@@ -62,6 +62,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh):
          "cpu", cwd=fresh)                                      # 50.0 is 50; --resume comes first
     assert (fresh / "runs/ours/last.pt").read_bytes() == before
     state = torch.load(fresh / "runs/ours/last.pt", weights_only=True)
+    first = state["log"][0][0]
     state["log"][0].pop()                                       # of an older version
     torch.save(state, fresh / "runs/ours/last.pt")
     _, err = call("train_gan.py", "--steps", 3, *GAN, "--resume", cwd=fresh, status=2)
@@ -69,6 +70,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh):
     out, _ = call("train_gan.py", "--steps", 1, *GAN, "--overwrite", "--precision", "bfloat16",
                   cwd=fresh)
     assert "writes runs/ours/; --precision bfloat16 is " in out
+    assert torch.load(fresh / "runs/ours/last.pt", weights_only=True)["log"][0][0] != first
     assert [p.name for p in (fresh / "runs/ours/samples").iterdir()] == ["step_000001.png"]
 
 

@@ -8,7 +8,6 @@ from conftest import ROOT
 
 PAPER = ["prepare", "pretrain", "train_gan", "refine", "evaluate", "segment", "models"]
 SUPPORT = sorted(p.stem for p in (ROOT / "support").glob("*.py") if p.stem != "__init__")
-STUDY = sorted(p.stem for p in (ROOT / "study").glob("*.py") if p.stem != "__init__")
 
 
 def tree_of(path):
@@ -56,6 +55,8 @@ def test_the_top_level_is_the_papers():
     assert top == {f"{name}.py" for name in PAPER} | {
         "README.md", "support", "study", "tests", "Makefile", "requirements.txt", "LICENSE", ".ci",
         ".gitignore"}
+    for line in tracked.stdout.splitlines():
+        assert line.endswith(".py") or not line.startswith(("support/", "tests/")), line
 
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

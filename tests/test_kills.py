@@ -264,6 +264,9 @@ def test_resume_refuses_another_pre_training_and_other_images(fresh):
     noise(0, (24, 48)).save(next((fresh / "my data/real/train/images").iterdir()))
     _, err = call(*moved, cwd=fresh, status=2)
     assert "last.pt: was run with images = " in err
+    _, err = call("pretrain.py", "--steps", 4, "--d-steps", 4, "--batch-size", 4, "--inception",
+                  "random", "--resume", "--data", "my data", cwd=fresh, status=2)
+    assert "pretrain.pt: was run with images = " in err
     assert (fresh / "runs/ours/last.pt").read_bytes() == before
 
 

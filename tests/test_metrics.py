@@ -4,10 +4,10 @@ import argparse
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import sqrtm
 
 from models import fid, kid, leave_out, ssim, trace_sqrt_eigen, trace_sqrt_nuclear
 from segment import confusion, scores, train
+from study.bench import sqrtm_fid
 from support.cli import UserError
 from support.training import to_float
 
@@ -84,9 +84,7 @@ def random_features(n, d, seed):
 def test_fid_equals_the_formula_with_sqrtm(n1, n2):
     """|m1-m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)), S with N - 1, as every FID package has it."""
     a, b = random_features(n1, 6, 0), random_features(n2, 6, 1)
-    s1, s2 = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
-    gap = ((a.mean(0) - b.mean(0)) ** 2).sum().item()
-    wanted = gap + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
+    wanted = sqrtm_fid(a, b)
     assert fid(a, b) == pytest.approx(wanted, rel=1e-8)
     assert fid(b, a) == pytest.approx(wanted, rel=1e-8)                     # symmetric
 

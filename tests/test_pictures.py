@@ -96,10 +96,8 @@ def test_one_picture_and_the_size_of_training(pictures):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--images", "own"], "want --out"),
     (["--images", "none", "--out", "x"], "none: no picture there"),
     (["--images", "own", "--out", "own/refined"], "own/refined lies in --images"),
-    (["--images", "own", "--out", "taken"], "was not made by refine.py"),
     (["--images", "own/1.png", "--out", "old"], "was made with images"),
     (["--images", "own", "--out", "old", "--size", 9, 9], "was made with size"),
     (["--checkpoint", "two.pt", "--images", "own", "--out", "old"], "was made with sha256"),
@@ -107,7 +105,7 @@ def test_one_picture_and_the_size_of_training(pictures):
     (["--images", "own", "--out", "x", "--size", 3, 9], "--size"),
     (["--size", 9, 9, "--out", "x"], "--size")])
 def test_what_pictures_are_refused(pictures, flags, words):
-    for name in ("taken/a.png", "twice/a.png", "twice/a.jpg"):
+    for name in ("twice/a.png", "twice/a.jpg"):
         (pictures / name).parent.mkdir(exist_ok=True)
         noise(0, (9, 9)).save(pictures / name)
     if not (pictures / "old").exists():
