@@ -151,7 +151,8 @@ def test_random_inception_is_reproducible(images, pool3):
 
 
 @pytest.mark.parametrize("left_out, half", [
-    (("fc.", "AuxLogits."), False), (("num_batches_tracked",), False),               # files from before PyTorch 0.4.1 lack them
+    (("fc.", "AuxLogits."), False),
+    (("num_batches_tracked",), False),               # files from before PyTorch 0.4.1 lack them
     ((), True)])                                     # float16, half the size: 11 bits
 def test_inception_from_a_file(full, images, tmp_path, left_out, half):
     """torchvision's state dict, with or without what the features do not need: the output is

@@ -74,7 +74,8 @@ def test_a_folder_of_pictures(pictures):
         assert np.array_equal(np.array(Image.open(pictures / "new" / name)), wanted), name
     assert Image.open(pictures / "new/upright.png").size == (20, 40)          # turned
     for words in ("broken.png: cannot identify", "tiny.png: is smaller than 4 x 4",
-                  "pipe.png: a broken link, or no file", "6 pictures", "3 skipped", "files not read: 1 .txt"):
+                  "pipe.png: a broken link, or no file", "6 pictures", "3 skipped",
+                  "files not read: 1 .txt"):
         assert words in out
     before = {p: p.stat().st_mtime_ns for p in (pictures / "new").rglob("*.png")}
     (pictures / "new/4.png").unlink()

@@ -89,9 +89,9 @@ def test_official_folders_counts(prepared):
 
 @pytest.mark.parametrize("domain", ["synthetic", "real"])
 def test_a_pair_is_shrunk_and_its_label_are_train_ids_of_the_nearest_pixel(raw, prepared, domain):
-    """44 x 56 pixels from row 2 and column 4, to 24 x 48. The image: PIL's antialiased bilinear. The
-    label's target (i, j) is the source pixel under its centre, as trainId. No new id can appear.
-    The file shows Cityscapes colours."""
+    """44 x 56 pixels from row 2 and column 4, to 24 x 48. The image: PIL's antialiased bilinear.
+    The label's target (i, j) is the source pixel under its centre, as trainId. No new id can
+    appear. The file shows Cityscapes colours."""
     rows, columns = (((np.arange(n) + 0.5) * m / n + first).astype(int)
                      for n, m, first in ((24, 44, 2), (48, 56, 4)))
     for split in ("train", "test"):

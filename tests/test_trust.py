@@ -438,8 +438,8 @@ def test_what_cannot_be_printed_is_replaced(encoding):
 def test_a_reader_that_goes_away_is_said(tmp_path):
     """| head -1: the data is either whole or said to be unfinished."""
     done = subprocess.run(f"{sys.executable} {ROOT}/prepare.py --demo --size 24 48 --limit 2 "
-                          "--test 1 --workers 1 | true", shell=True, cwd=tmp_path, capture_output=True,
-                          text=True)
+                          "--test 1 --workers 1 | true", shell=True, cwd=tmp_path,
+                          capture_output=True, text=True)
     assert "run it again" in done.stderr or record(tmp_path / "data")["finished"]
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
