@@ -59,10 +59,12 @@ def names(folder):
     for record in (above[1] / "refine.json", above[2] / "prepare.json"):
         if record.is_file() and not read_record(record).get("finished"):
             raise UserError(f"{record}: that run has not finished; run it again")
-    found = sorted(p.stem for p in images.glob("[!.]*.png"))
-    if not found:
-        raise UserError(f"{images}: no *.png there; run prepare.py (or refine.py) first")
-    return found
+    files = sorted(images.glob("[!.]*"))
+    other = [file for file in files if file.suffix != ".png"]
+    if not files or other:
+        raise UserError(f"{other[0]}: a domain has *.png only" if other else
+                        f"{images}: no *.png there; run prepare.py (or refine.py) first")
+    return [file.stem for file in files]
 
 
 def classes_of(folder):

@@ -15,8 +15,8 @@ The fourth command makes the row "after pre-training" of Table 2. Running one ag
 own output; with --images it goes on. A megapixel takes a core about 15 seconds.
 """
 import hashlib
+import os
 import shutil
-from os.path import normpath
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,7 @@ def arguments():
     if args.size and (not args.images or min(args.size) < 4):
         p.error("--size goes with --images and is 4 x 4 at least")
     args.checkpoint = args.checkpoint or Path("runs") / args.method / "average.pt"
-    args.out = args.out or Path(normpath(args.data / ".." / args.method))
+    args.out = args.out or Path(os.path.normpath(args.data / ".." / args.method))
     return args
 
 
@@ -132,11 +132,8 @@ def refine_tiles(R, picture, device):
     return refined[0].permute(1, 2, 0).numpy()
 
 
-def refine_picture(R, file, size, device):
-    """R of a file as a PIL image of the same size; refined at `size` (H, W), if given."""
-    picture = read_rgb(file)
-    if min(picture.size) < 4:
-        raise ValueError("is smaller than 4 x 4 pixels")
+def refine_picture(R, picture, size, device):
+    """R of a PIL image, of the same size; refined at `size` (H, W), if given."""
     small = picture.resize(size[::-1], Image.BILINEAR) if size else picture
     refined = Image.fromarray(refine_tiles(R, np.array(small), device))
     return refined.resize(picture.size, Image.BICUBIC) if size else refined
@@ -149,15 +146,18 @@ def refine_pictures(R, args, record, device):
     write_json(args.out / "refine.json", record)
     skipped = 0
     for target, file in progress(file_of.items(), desc="refine", unit="picture"):
-        if target.exists() and target.stat().st_mtime >= file.stat().st_mtime:
+        if target.exists() and target.stat().st_mtime_ns == file.stat().st_mtime_ns:
             continue
         try:
-            picture = refine_picture(R, file, args.size, device)
+            picture = read_rgb(file)
+            if min(picture.size) < 4 and not args.size:
+                raise ValueError("is smaller than 4 x 4 pixels")
         except UNREADABLE as error:
             skipped += 1
             print(f"skipped {file}: {error}")
             continue
-        write_png(target, picture)
+        write_png(target, refine_picture(R, picture, args.size, device))
+        os.utime(target, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
     print(f"done: {len(file_of) - skipped} pictures in {args.out}/; {skipped} skipped; files not "
           f"read: {by_ending(others)}")
 
@@ -172,8 +172,9 @@ def main():
     R = place(rebuild(Refiner, state, "refiner", args.checkpoint), device)
 
     # 2. What is to be refined, and whether it may be written.
-    source = {"images": str(args.images)} if args.images else {"source": str(args.data)}
-    record = {"checkpoint": str(args.checkpoint), "step": state["step"], **source,
+    what = "images" if args.images else "source"
+    record = {"checkpoint": str(args.checkpoint), "step": state["step"],
+              what: str((args.images or args.data).resolve()),
               "sha256": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:16],
               "size": args.size}
     check_out(args, record)

@@ -288,10 +288,14 @@ def load_domains(args):
             folder = args.data / d / split
             if not any((folder / "labels").glob("*.png")):
                 raise UserError(f"{folder}: has no labels; prepare.py takes them beside the images")
-            data[d, split] = load_images(folder), load_labels(folder)
-            if (data[d, split][1] == IGNORE).all():
+            images, labels = data[d, split] = load_images(folder), load_labels(folder)
+            known = labels[labels != IGNORE]
+            if not len(known):
                 raise UserError(f"{folder}/labels: every pixel is void, so nothing can be learned "
                                 "or tested there; see what prepare.py says of these labels")
+            if known.max() >= len(args.table) or labels.shape[1:] != images.shape[2:]:
+                raise UserError(f"{folder}/labels: not of the images' size, or with other values "
+                                f"than 0 to {len(args.table) - 1} and {IGNORE} (void)")
         # The same choice for sets of one size: the refined domains keep synthetic's order.
         images, labels = data[d, "train"]
         order = torch.from_numpy(np.random.default_rng(args.seed).permutation(len(images))[:count])

@@ -298,9 +298,10 @@ def main():
     settings = settings_of(args, pretrain=pretrained["refiner"].values(), images=[synthetic, real])
     lock(args.run)
 
-    # 3. Both networks, pre-trained.
-    R = place(rebuild(Refiner, pretrained, "refiner", args.run), device, learning=True)
-    D = place(rebuild(Discriminator, pretrained, "discriminator", args.run), device, learning=True)
+    # 3. Both networks, pre-trained, or as they were when the run stopped.
+    state = saved or pretrained
+    R = place(rebuild(Refiner, state, "refiner", args.run), device, learning=True)
+    D = place(rebuild(Discriminator, state, "discriminator", args.run), device, learning=True)
     if args.compile:
         R.compile()
         D.compile()

@@ -37,7 +37,7 @@ def main():
     args = arguments()
     real, args.data = args.data / "real", args.data / "synthetic"
     print(f"study.colour: reads {args.data}/ and {real}/; writes {args.out}/", flush=True)
-    record = {"checkpoint": "study.colour", "step": 0, "source": str(args.data)}
+    record = {"checkpoint": "study.colour", "step": 0, "source": str(args.data.resolve())}
     check_out(args, record)
     function = match(*[to_float(load_images(folder / "train")) for folder in (args.data, real)])
     refine_domain(function, args, record, "cpu")

@@ -23,10 +23,11 @@ from support.cli import UserError, in_parallel
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}       # Pillow knows them by name only
 ENDINGS = {ending for ending, name in Image.registered_extensions().items()
            if name in Image.OPEN and name not in NO_PICTURES}
-LOSSLESS = {"BMP", "GIF", "PNG", "TIFF"}                           # pixel values come back as saved
+LOSSLESS = {"BMP", "PNG", "TIFF"}          # pixel values come back as saved; GIF numbers them anew
 ORIENTATION = 0x0112                                               # EXIF: how a camera was held
 # What Pillow raises at a file that it cannot read.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError,
+              Image.DecompressionBombError)
 
 # Endings of label maps beside which another one may lie, and the folders of data sets.
 KINDS = ["_labelIds", "_labelTrainIds", "_instanceIds", "_color"]
@@ -243,8 +244,8 @@ def read_ids(path):
                              "wanted PNG")
         if image.mode not in ("P", "L", "RGB", "I", "I;16", "I;16B"):
             raise ValueError(f"label mode {image.mode}, wanted ids (palette or grey)")
-        if image.mode == "L" and "'L;" in str(image.tile):     # 4 bits: Pillow stretches them
-            raise ValueError("a label of less than 8 bits a pixel, wanted 8")
+        if any(raw in str(image.tile) for raw in ("'L;", "RGB;16")):   # Pillow makes 8 bits of them
+            raise ValueError("a label of less or more than 8 bits a channel, wanted 8")
         ids = np.array(image)
         colours = None
         if image.mode == "P":
@@ -286,12 +287,13 @@ def read_classes(file):
     """The class table of a --classes file, which has a name a line."""
     try:
         names = [line.strip() for line in
-                 file.read_text(encoding="utf-8-sig").strip().splitlines()]
+                 file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except UnicodeDecodeError:
         names = []                                   # not UTF-8
-    if not 2 <= len(names) <= UNKNOWN or not all(names) or len(set(names)) < len(names):
-        raise UserError(f"--classes {file}: wanted 2 to {UNKNOWN} different names, one a line; the "
-                        "label of the first is 0, void is 255")
+    bad = [name for name in names if not name or name.startswith("#")]
+    if not 2 <= len(names) <= UNKNOWN or bad or len(set(names)) < len(names):
+        raise UserError(f"--classes {file}: wanted 2 to {UNKNOWN} different names, one a line, no "
+                        "empty line, no comment; the label of the first is 0, void is 255")
     return own_table(names)
 
 
@@ -356,16 +358,18 @@ def read_label(file, ids, table):
 
 def check_labels(domain, made, ids):
     """UserError if the labels of a domain are no labelIds as it seems, and --label-ids is not
-    given; a warning if they are nearly all void. made: a prepare.Made of every frame."""
+    given; a warning if they are nearly all void, or of one class. made: a prepare.Made of every
+    frame."""
     pixels = sum(one.pixels for one in made)
     if max(one.highest for one in made) < 20 and ids is None:
         raise UserError(f"the {domain} labels: no labelId above 19 in any of them (vegetation, "
                         "sky, person, car ...), so they look like trainIds or a mask; say which "
                         "by --label-ids trainIds (or labelIds)")
-    if pixels[-1] > 0.9 * pixels.sum() > 0:
+    kinds = np.count_nonzero(pixels[:-1])
+    if pixels[-1] > 0.9 * pixels.sum() > 0 or pixels.any() and kinds < 2:
         print(f"warning: {domain}: {pixels[-1] / pixels.sum():.0%} of the pixels of its labels are "
-              "void; nothing can be learned from them. Do the labels hold what --label-ids or "
-              "--classes says?")
+              f"void, {kinds} classes in the others; little can be learned from them. Do the labels "
+              "hold what --label-ids or --classes says?")
 
 
 # --------------------------------------------------------------------------------- records
@@ -386,9 +390,10 @@ def read_record(file):
 def check_settings(file, settings):
     """Refuse to mix two settings in one folder; the same settings just run again."""
     for domain in ("synthetic", "real"):
-        if (file.parent / domain).exists() and not file.is_file():
-            raise UserError(f"{file.parent / domain}: is there, but was not made by prepare.py "
-                            "(no prepare.json beside it); choose another --out")
+        folder = file.parent / domain
+        if folder.is_symlink() or folder.exists() and not file.is_file():
+            raise UserError(f"{folder}: is there, but was not made by prepare.py (a link, or no "
+                            "prepare.json beside it); choose another --out")
     record = read_record(file) if file.is_file() else {}
     old = record.get("settings", {}) if record.get("finished") else {}     # else all is made anew
     changed = [k for k in settings if k in old and old[k] != settings[k]]
@@ -425,6 +430,7 @@ def refined_names(path, out):
     folder, pictures, others = path.parent, [path], {}
     if path.is_dir():
         folder, (pictures, others) = path, pictures_below(path)
+        only_photographs(path, pictures)
     if not pictures or not path.exists():
         raise UserError(f"{path}: no picture there")
     file_of = {}

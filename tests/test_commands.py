@@ -140,11 +140,14 @@ MISTAKES = [
     ("evaluate.py --data single --inception random", "single/ours: file names"),
     ("evaluate.py --data good --inception random --out /proc", "/proc"),
     ("evaluate.py --data sizes --inception random", "sizes 24 48 32 64"),
+    ("evaluate.py --data floor --inception random", "floor/real/train: 24 48 32 64"),
     ("evaluate.py --data low --inception random", "low/real 10 x 20 11 x 11"),
     ("segment.py --data good --out broken.pt --network unet", "broken.pt"),
     ("segment.py --data good --train nowhere", "--train nowhere: real, synthetic"),
     ("segment.py --data single", "single: only 1"),
     ("segment.py --data bare", "bare/real/test: has no labels;"),
+    ("segment.py --data values", "values/real/test/labels: values 18 255"),
+    ("segment.py --data shapes", "shapes/real/test/labels: images' size"),
     ("segment.py --data sizes", "sizes 24 48 32 64"),
     ("segment.py --data good --seeds -1", "--seeds"),
     ("segment.py --epochs 0", "--epochs above 0"),
@@ -183,6 +186,14 @@ def empty(tmp_path_factory):
                            ("low/real", "low/synthetic")):
         shutil.copytree(cwd / source, cwd / target)
     shutil.rmtree(cwd / "bare/real/test/labels")
+    for folder, size, value in (("values", (24, 48), 26), ("shapes", (12, 48), 0)):
+        shutil.copytree(cwd / "good", cwd / folder)
+        for i in range(5):
+            save_pair(cwd / folder / "real/test", i, np.zeros((24, 48, 3), np.uint8),
+                      np.full(size, value, np.uint8))
+    shutil.copytree(cwd / "good", cwd / "floor")
+    shutil.rmtree(cwd / "floor/real/train")
+    shutil.copytree(cwd / "sizes/synthetic/train", cwd / "floor/real/train")
     shutil.copytree(cwd / "good/real", cwd / "tested/synthetic")
     shutil.copytree(cwd / "good/real/train", cwd / "tested/real/train")
     shutil.copytree(cwd / "sizes/synthetic/test", cwd / "tested/real/test")

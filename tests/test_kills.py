@@ -1,4 +1,5 @@
 """Kills at random moments, Ctrl-C, changed inputs: what resumes equals what never stopped."""
+import io
 import json
 import os
 import random
@@ -248,8 +249,9 @@ def test_a_trained_network_is_not_trained_again_but_a_changed_one_is(fresh):
     assert list(record["test_images"]) == record["domains"] == ["synthetic", "real"]
 
 
-def test_resume_refuses_another_pre_training_and_other_images(fresh):
-    """It would go on, but with a run that no single command can repeat. Data may be moved."""
+def test_resume_refuses_another_pre_training_and_other_images(fresh, monkeypatch):
+    """It would go on, but with a run that no single command can repeat. Data may be moved. D is
+    the run's own, whatever has become of the pre-trained one."""
     call("train_gan.py", *GAN, cwd=fresh)
     before = (fresh / "runs/ours/last.pt").read_bytes()
     pretrained = fresh / "runs/ours/pretrain.pt"
@@ -257,6 +259,16 @@ def test_resume_refuses_another_pre_training_and_other_images(fresh):
     shutil.copy(fresh / "runs/simgan/pretrain.pt", pretrained)
     _, err = call("train_gan.py", *GAN, "--resume", cwd=fresh, status=2)
     assert "last.pt: was run with pretrain = " in err
+    state = torch.load(fresh / "runs/ours/last.pt", weights_only=True)
+    torch.save({**torch.load(io.BytesIO(kept), weights_only=True),
+                "discriminator_args": {"stride": 1}}, pretrained)       # no weight's shape changes
+    def stop(R, D, *_):
+        raise StopIteration(D.args)
+    with monkeypatch.context() as patch, pytest.raises(StopIteration) as seen:
+        patch.setattr(train_gan, "train", stop)
+        patch.setattr(train_gan, "lock", lambda folder: None)
+        run_here(patch, fresh, "train_gan", [*GAN, "--resume"], 1)
+    assert seen.value.value == state["discriminator_args"]
     pretrained.write_bytes(kept)
     (fresh / "data").rename(fresh / "my data")
     moved = ["train_gan.py", *GAN, "--resume", "--data", "my data/"]

@@ -51,6 +51,7 @@ def pictures(tmp_path_factory):
     exif[0x0112] = 6
     noise(5, (20, 40)).save(cwd / "own/upright.jpg", exif=exif)
     (cwd / "own/broken.png").write_bytes(b"no picture")
+    (cwd / "own/damaged.dds").write_bytes(b"DDS " + bytes([124]) + bytes(123))
     noise(6, (3, 9)).save(cwd / "own/tiny.png"), noise(7, (4, 9)).save(cwd / "own/small.png")
     (cwd / "own/notes.txt").write_text("x"), os.mkfifo(cwd / "own/pipe.png")
     R = wild_refiner()
@@ -74,15 +75,20 @@ def test_a_folder_of_pictures(pictures):
         assert np.array_equal(np.array(Image.open(pictures / "new" / name)), wanted), name
     assert Image.open(pictures / "new/upright.png").size == (20, 40)          # turned
     for words in ("broken.png: cannot identify", "tiny.png: is smaller than 4 x 4",
-                  "pipe.png: a broken link, or no file", "6 pictures", "3 skipped",
+                  "pipe.png: a broken link, or no file", "6 pictures", "4 skipped",
+                  "damaged.dds: Unknown pixel format",
                   "files not read: 1 .txt"):
         assert words in out
-    before = {p: p.stat().st_mtime_ns for p in (pictures / "new").rglob("*.png")}
+    before = {p: p.stat().st_ctime_ns for p in (pictures / "new").rglob("*.png")}
     (pictures / "new/4.png").unlink()
-    os.utime(pictures / "own/1.png", (2e9, 2e9))               # changed since
+    os.utime(pictures / "own/1.png", (1e9, 1e9))               # another file, though an older one
     call(*command, cwd=pictures)
-    after = {p: p.stat().st_mtime_ns for p in (pictures / "new").rglob("*.png")}
+    after = {p: p.stat().st_ctime_ns for p in (pictures / "new").rglob("*.png")}
     assert {p.name for p in before if after[p] != before[p]} == {"1.png", "4.png"}
+    fill(pictures / "b/own", 1)                                # another folder of that name
+    _, err = call("refine.py", "--checkpoint", "../one.pt", "--images", "own", "--out", "../new",
+                  cwd=pictures / "b", status=2)
+    assert "was made with images = " in err
 
 
 def test_one_picture_and_the_size_of_training(pictures):
@@ -94,6 +100,9 @@ def test_one_picture_and_the_size_of_training(pictures):
                                 "cpu")
     wanted = Image.fromarray(small).resize(picture.size, Image.BICUBIC)
     assert np.array_equal(np.array(Image.open(pictures / "small/1.png")), np.array(wanted))
+    call("refine.py", "--checkpoint", "one.pt", "--images", "own/tiny.png", "--out", "tiny", "--size",
+         4, 15, cwd=pictures)                                  # R never sees its 3 x 9
+    assert Image.open(pictures / "tiny/tiny.png").size == (9, 3)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -103,11 +112,12 @@ def test_one_picture_and_the_size_of_training(pictures):
     (["--images", "own", "--out", "old", "--size", 9, 9], "was made with size"),
     (["--checkpoint", "two.pt", "--images", "own", "--out", "old"], "was made with sha256"),
     (["--images", "twice", "--out", "x"], "would both become"),
+    (["--images", "set", "--out", "x"], "set: holds label maps too, in set/labels; give set/images"),
     (["--images", "own", "--out", "x", "--size", 3, 9], "--size"),
     (["--size", 9, 9, "--out", "x"], "--size")])
 def test_what_pictures_are_refused(pictures, flags, words):
-    for name in ("twice/a.png", "twice/a.jpg"):
-        (pictures / name).parent.mkdir(exist_ok=True)
+    for name in ("twice/a.png", "twice/a.jpg", "set/images/a.png", "set/labels/a.png"):
+        (pictures / name).parent.mkdir(parents=True, exist_ok=True)
         noise(0, (9, 9)).save(pictures / name)
     if not (pictures / "old").exists():
         call("refine.py", "--checkpoint", "one.pt", "--images", "own", "--out", "old", cwd=pictures)

@@ -127,7 +127,11 @@ def test_other_settings_need_another_folder(raw, prepared, tmp_path):
     """Two settings in one folder would mix; the error names the setting. A user's own folder is
     left alone."""
     fill(tmp_path / "mine/real/train/images", 1)
-    assert "was not made by prepare.py" in error_line(*official(raw, tmp_path / "mine"))
+    linked = shutil.copytree(prepared, tmp_path / "linked")
+    (linked / "real").rename(tmp_path / "theirs")
+    (linked / "real").symlink_to(tmp_path / "theirs")
+    for folder in ("mine", "linked"):
+        assert "was not made by prepare.py" in error_line(*official(raw, tmp_path / folder))
     before = content(prepared)
     assert "size" in error_line(*official(raw, prepared), "--size", 32, 64)
     assert "test" in error_line(*official(raw, prepared), "--test", 2)
@@ -326,7 +330,10 @@ def test_load_images_names_the_bad_file(tmp_path, monkeypatch):
     """Another size or mode, one that is damaged or absurdly large, no label, an empty folder."""
     with pytest.raises(UserError, match="prepare.py"):
         load_images(tmp_path)
-    fill(tmp_path / "images", 1)
+    save(fill(tmp_path / "images", 1) / "a.jpg", noise(0))
+    with pytest.raises(UserError, match="a.jpg: a domain has "):
+        load_images(tmp_path)
+    (tmp_path / "images/a.jpg").unlink()
     with pytest.raises(UserError, match="00.png"):
         load_labels(tmp_path)
     bad = tmp_path / "images/b.png"

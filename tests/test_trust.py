@@ -205,6 +205,10 @@ def official():
 FOUR_BITS = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAEAAAAAwBAAAAABB0M7CAAAAFUlEQVR42mNgGAWjYBSMglEwCggDAAYwAAE6snKcAAAA"
     "AElFTkSuQmCC")
+SIXTEEN_BITS = base64.b64decode(                     # and an RGB PNG of 16 bits a channel
+    "iVBORw0KGgoAAAANSUhEUgAAAEAAAAAwEAIAAAB+uTcLAAAAXElEQVR42u3RMQ0AAAzDsH7lz7gQdu6xwiBOqtcsAABAAAAI"
+    "AAABACAAAAQAgAAAEAAAAgBAAAAIAAABACAAAAQAgAAAEAAAAgBAAAAIAAABACAAAAQAgAAA0N0Afzf8AdUE1HYAAAAASUVO"
+    "RK5CYII=")
 GREYS = np.arange(256).repeat(3).reshape(256, 3).astype(np.uint8)
 TRAIN_IDS = np.full(256, 255, np.uint8)
 TRAIN_IDS[[row[1] for row in TABLE]] = range(19)
@@ -232,8 +236,10 @@ REFUSED = {                                          # -> words of the line
     "colours": (lambda ids, rng: Image.fromarray(official()[ids]), "picture of colours"),
     "sorted greys": (lambda ids, rng: as_palette(ids, GREYS, rng.permutation(256)),
                      "save it in grey"),
-    "4 bits": (lambda ids, rng: FOUR_BITS, "less than 8 bits")}
-ENDINGS = {"TIFF": ".tif", "BMP": ".bmp", "JPEG": ".jpg", "PGM": ".pgm"}
+    "4 bits": (lambda ids, rng: FOUR_BITS, "less or more than 8 bits"),
+    "3 x 16 bits": (lambda ids, rng: SIXTEEN_BITS, "less or more than 8 bits"),
+    "GIF": (grey, "GIF, which does not keep")}
+ENDINGS = {"GIF": ".gif", "TIFF": ".tif", "BMP": ".bmp", "JPEG": ".jpg", "PGM": ".pgm"}
 KNOWN = [row[1] for row in TABLE] + [1, 3, 5, 15]    # void ids among them; no pole's double
 
 
@@ -270,6 +276,9 @@ def test_void_is_said_before_anything_is_trained_on_it(tmp_path):
     flags = labelled(tmp_path, REFUSED["a mask"][0])
     out, _ = call("prepare.py", *flags, "--label-ids", "labelIds", cwd=tmp_path)
     assert "warning: synthetic: 100% of the pixels of its labels are void" in out
+    (tmp_path / "classes.txt").write_text("ground\nobstacle\n")
+    out, _ = call("prepare.py", *flags, "--classes", "classes.txt", "--out", "b", cwd=tmp_path)
+    assert "% of the pixels of its labels are void, 1 classes in the others" in out
     shutil.copytree(tmp_path / "data/synthetic", tmp_path / "data/real", dirs_exist_ok=True)
     _, err = call("segment.py", cwd=tmp_path, status=2)
     assert "every pixel is void" in err
@@ -354,7 +363,8 @@ def test_two_classes_of_ones_own_from_end_to_end(tmp_path):
         assert "| sky |" in (tmp_path / f"results/segment_{network}.md").read_text()
     with Image.open(tmp_path / "results/table7.png") as image:        # 2 rows, 2 x (1 image + 2)
         assert image.height == 8 * (3 * 24 + 4)
-    for content in (b"ground\nground\n", "Straße\nKöln\n".encode("latin-1")):
+    for content in (b"ground\nground\n", "Straße\nKöln\n".encode("latin-1"), b"\nground\nsky\n",
+                    b"# of ours\nground\nsky\n"):
         (tmp_path / "classes.txt").write_bytes(content)
         _, err = call(*command, "--classes", "classes.txt", "--out", "b", cwd=tmp_path, status=2)
         assert "classes.txt: wanted 2 to 254 different names" in err
@@ -380,8 +390,8 @@ def test_a_domain_of_other_images_is_named(fresh):
     may be refined from another one than synthetic."""
     data = fresh / "data"
     for source, out in (("synthetic", "ours"), ("ours", "twice")):
-        call("refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--data", f"data/{source}",
-             "--out", f"data/{out}", cwd=fresh)
+        call("refine.py", "--checkpoint", fresh / "runs/ours/pretrain.pt", "--data", ".", "--out",
+             f"../{out}", cwd=data / source)
     check_domains(data, ["ours", "twice", "real"], ["train", "test"])
     file = data / f"ours/test/images/{names(data / 'ours/test')[0]}.png"
     file.rename(file.with_name("x.png"))
