@@ -64,7 +64,7 @@ def names(folder):
     if not files or other:
         raise UserError(f"{other[0]}: a domain has *.png only" if other else
                         f"{images}: no *.png there; run prepare.py (or refine.py) first")
-    return [file.stem for file in files]
+    return sorted(file.stem for file in files)
 
 
 def classes_of(folder):

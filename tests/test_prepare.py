@@ -320,7 +320,8 @@ def test_load_images_and_labels(tmp_path):
 def test_what_a_stopped_run_left_is_not_used(tmp_path, record):
     """A half-made folder would be a smaller data set, and nobody would notice."""
     save(fill(tmp_path / "real/train/images", 1) / "._00.png", b"of a macOS archive")
-    assert names(tmp_path / "real/train") == ["00"]
+    save(tmp_path / "real/train/images/00-a.png", noise(0))
+    assert names(tmp_path / "real/train") == ["00", "00-a"]
     (tmp_path / record).write_text('{"finished": false}')
     with pytest.raises(UserError, match="not finished"):
         names(tmp_path / "real/train")
