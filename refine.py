@@ -68,11 +68,10 @@ def check_out(args, record):
         raise UserError(f"--out {args.out} lies in {'--images' if args.images else '--data'} "
                         "itself; choose another --out")
     old = read_record(made) if made.is_file() else record
-    if args.images or "images" in old:
-        for key in ("images", "sha256", "size"):
-            if old.get(key) != record.get(key):
-                raise UserError(f"{args.out}: was made with {key} = {old.get(key)}, not "
-                                f"{record.get(key)}; choose another --out")
+    for key in ("images", "sha256", "size") if args.images else ("images",):
+        if old.get(key) != record.get(key):
+            raise UserError(f"{args.out}: was made with {key} = {old.get(key)}, not "
+                            f"{record.get(key)}; choose another --out")
 
 
 # --------------------------------------------------------------------------- a prepared domain

@@ -100,7 +100,10 @@ MISTAKES = [
     ("prepare.py --demo --real ok", "--demo"),
     ("prepare.py --demo --crop 0 0 5 5", "--crop"),
     ("prepare.py --gta5 ok --synthetic ok --real ok", "--gta5 --synthetic, source"),
+    ("prepare.py --cityscapes ok --real ok --synthetic ok", "--cityscapes --real: source"),
     ("prepare.py --gta5 ok --real ok --classes no.txt", "--classes goes with"),
+    ("prepare.py --cityscapes ok --synthetic ok --classes no.txt", "--classes goes with"),
+    ("prepare.py --synthetic single/real/train/images --real ok", "two frames at least"),
     ("pretrain.py --method other", "--method"),
     ("pretrain.py --steps 0", "--steps above 0"),
     ("pretrain.py --lr -1", "--lr above 0"),
@@ -135,7 +138,7 @@ MISTAKES = [
     ("pretrain.py --d-optimizer rmsprop", "--d-optimizer"),
     ("pretrain.py --data sizes", "sizes 24 48 32 64"),
     ("pretrain.py --data tested", "tested/real/test 24 48 32 64"),
-    ("evaluate.py --data good --n 1 --inception random", "--n 1 least"),
+    ("evaluate.py --data good --n 2 --inception random", "--n 2 least"),
     ("evaluate.py --data good --n 9 --inception random", "--n 9 has 5"),
     ("evaluate.py --data single --inception random", "single/ours: file names"),
     ("evaluate.py --data good --inception random --out /proc", "/proc"),
@@ -149,6 +152,7 @@ MISTAKES = [
     ("segment.py --data values", "values/real/test/labels: values 18 255"),
     ("segment.py --data shapes", "shapes/real/test/labels: images' size"),
     ("segment.py --data sizes", "sizes 24 48 32 64"),
+    ("segment.py --data tested", "tested/real/test 24 48 32 64"),
     ("segment.py --data good --seeds -1", "--seeds"),
     ("segment.py --epochs 0", "--epochs above 0"),
     ("segment.py --lr inf", "--lr above 0"),
@@ -186,7 +190,7 @@ def empty(tmp_path_factory):
                            ("low/real", "low/synthetic")):
         shutil.copytree(cwd / source, cwd / target)
     shutil.rmtree(cwd / "bare/real/test/labels")
-    for folder, size, value in (("values", (24, 48), 26), ("shapes", (12, 48), 0)):
+    for folder, size, value in (("values", (24, 48), 19), ("shapes", (12, 48), 0)):
         shutil.copytree(cwd / "good", cwd / folder)
         for i in range(5):
             save_pair(cwd / folder / "real/test", i, np.zeros((24, 48, 3), np.uint8),

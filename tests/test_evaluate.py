@@ -81,14 +81,14 @@ def test_a_difference_inside_its_error_is_marked():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """data/ with 4 images of synthetic, simgan, ours (11 x 20) and real: no labels needed."""
+    """data/ with 5 images of synthetic, simgan, ours (11 x 20) and 4 of real: no labels."""
     cwd = tmp_path_factory.mktemp("evaluate")
     g = np.random.default_rng(0)
-    scene = g.integers(0, 256, (4, 11, 20, 3))
+    scene = g.integers(0, 256, (5, 11, 20, 3))
     for domain, mix in (("synthetic", 1.0), ("simgan", 0.8), ("ours", 0.7)):
         draw(cwd / "data" / domain / "test", scene * mix + 30)
     for split in ("train", "test"):
-        draw(cwd / "data/real" / split, g.integers(0, 200, scene.shape))
+        draw(cwd / "data/real" / split, g.integers(0, 200, (4, 11, 20, 3)))
     return cwd
 
 
@@ -117,7 +117,8 @@ def test_the_report_shows_everything(printed, folder):
     text = (folder / "results/table2.md").read_text()
     assert text in out and text == tables(record)
     assert "warning: N = 4 is small for FID" in out
-    for words in ("| images vs real | random features, not an FID |", "60.82", "± ", "N = 4",
+    for words in ("| images vs real | random features, not an FID | KID x 1000 | SSIM (L = 255) | "
+                  "SSIM (L = 1) |", "60.82", "± ", "N = 4",
                   f"| {evaluate.CONTROL} | - | - |"):
         assert words in text
     assert "missing: data/pretrained/" in out and "missing: data/ours/" not in out

@@ -239,11 +239,14 @@ def test_a_trained_network_is_not_trained_again_but_a_changed_one_is(fresh):
     again, record = run()
     assert again == 0 and str(record["scores"]) == str(first)           # the same seed and network
     flags = []
-    for flag in (["--epochs", 2], ["--lr", 0.01], ["--batch-size", 3]):
+    for flag in (["--epochs", 2], ["--lr", 0.01], ["--batch-size", 3], ["--precision", "bfloat16"],
+                 ["--backbone-weights", "none.pt"]):           # which U-Net does not open
         flags += flag
         assert run(*flags)[0] == 0
     noise(0, (24, 48)).save(next((fresh / "data/real/train/images").iterdir()))
-    assert run(*flags)[0] == 1
+    one, two, *_ = (fresh / "data/synthetic/train/labels").iterdir()
+    shutil.copy(one, two)
+    assert run(*flags)[0] == 0
     again, record = run("--train", "real")
     assert list(record["scores"]["0"]) == ["real"]
     assert list(record["test_images"]) == record["domains"] == ["synthetic", "real"]
@@ -273,9 +276,14 @@ def test_resume_refuses_another_pre_training_and_other_images(fresh, monkeypatch
     (fresh / "data").rename(fresh / "my data")
     moved = ["train_gan.py", *GAN, "--resume", "--data", "my data/"]
     call(*moved, cwd=fresh)
-    noise(0, (24, 48)).save(next((fresh / "my data/real/train/images").iterdir()))
-    _, err = call(*moved, cwd=fresh, status=2)
-    assert "last.pt: was run with images = " in err
+    for domain in ("synthetic", "real"):
+        image = next((fresh / "my data" / domain / "train/images").iterdir())
+        kept = image.read_bytes()
+        noise(0, (24, 48)).save(image)
+        _, err = call(*moved, cwd=fresh, status=2)
+        assert "last.pt: was run with images = " in err
+        if domain == "synthetic":
+            image.write_bytes(kept)
     _, err = call("pretrain.py", "--steps", 4, "--d-steps", 4, "--batch-size", 4, "--inception",
                   "random", "--resume", "--data", "my data", cwd=fresh, status=2)
     assert "pretrain.pt: was run with images = " in err
@@ -317,10 +325,13 @@ def test_a_run_that_would_have_been_another_does_not_go_further(fresh, monkeypat
     call("train_gan.py", *flags, 5, cwd=fresh)
     _, err = call("train_gan.py", *flags, 6, "--resume", cwd=fresh, status=2)
     assert "last.pt: was run with --steps 5, give it again" in err and "2000 or more" in err
-    monkeypatch.setattr(train_gan, "WARM_UP", 2)
-    for steps, words in ((6, "with --steps 5, give"), (4, "has done 5 steps")):
+    for warm_up, every, steps, words in ((2, 2, 6, "with --steps 5, give"),
+                                         (3, 5, 6, "with --steps 5, give"),
+                                         (2, 2, 4, "has done 5 steps")):
+        monkeypatch.setattr(train_gan, "WARM_UP", warm_up)
         with pytest.raises(UserError, match=words):
-            run_here(monkeypatch, fresh, "train_gan", [*flags, steps, "--resume"], 1)
+            run_here(monkeypatch, fresh, "train_gan", [*flags, steps, "--resume", "--sample-every",
+                                                       every], 1)
     assert load_checkpoint(fresh / "runs/ours/last.pt", ["gan"], "")["step"] == 5
 
 
@@ -333,17 +344,19 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(fresh, script, term,
     honest, calls = module.update_R, []
 
     def update(*args):
-        calls.append(1)
+        calls.append(torch.is_autocast_enabled("cpu"))
         values = honest(*args)
         if len(calls) == (10 if script == "train_gan" else 5):   # the GAN updates R twice a step
             values[term].mul_(torch.nan)
         return values
     monkeypatch.setattr(module, "update_R", update)
     flags = (GAN if script == "train_gan" else PRETRAIN + ["--run", "runs/nan"]) + RARELY
+    flags = [*flags, "--precision", "bfloat16"]
     with pytest.raises(UserError, match=f"step 5: .*{term}.* nan.*(last|pretrain).pt"):
         run_here(monkeypatch, fresh, script, flags, every)
     path = fresh / ("runs/ours/last.pt" if script == "train_gan" else "runs/nan/pretrain.pt")
     assert load_checkpoint(path, ["gan", "pretrain"], "")["step"] == 4
+    assert all(calls)
     assert every > 1 or len(calls) == (10 if script == "train_gan" else 5)    # it stops at once
 
 

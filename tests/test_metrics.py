@@ -173,17 +173,19 @@ def test_the_scores_of_seven_pixels():
 def test_an_all_void_batch_harms_nothing():
     """Cross-entropy over no pixel would be nan and end the training: it must be 0. With Adam's
     moments at 0 the weights stay where they are, and other batches train as ever."""
-    args = argparse.Namespace(batch_size=2, lr=0.1, epochs=2, precision="float32")
-    images = torch.randint(0, 256, (4, 3, 32, 40), dtype=torch.uint8)
+    args = argparse.Namespace(batch_size=2, lr=0.1, epochs=2, precision="bfloat16")
+    images, dtypes = torch.randint(0, 256, (4, 3, 32, 40), dtype=torch.uint8), set()
     for void, changed in ((slice(None), False), (slice(0, 2), True)):
         labels = torch.full((4, 32, 40), 3, dtype=torch.uint8)
         labels[void] = 255
         torch.manual_seed(0)
         net = torch.nn.Conv2d(3, 19, 1)
+        net.register_forward_hook(lambda *seen: dtypes.add(seen[-1].dtype))
         before = net.weight.detach().clone()
         train(net, images, labels, args, torch.device("cpu"), "a test")
         assert net.weight.isfinite().all() and torch.equal(net.weight, before) != changed
-    args.lr = torch.inf
+    assert dtypes == {torch.bfloat16}
+    args.lr, args.precision = torch.inf, "float32"
     with pytest.raises(UserError, match="a test: the loss is nan; try a smaller --lr"):
         train(net, images, labels, args, torch.device("cpu"), "a test")
 

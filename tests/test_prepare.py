@@ -81,6 +81,7 @@ def test_official_folders_counts(prepared):
     assert record(prepared)["finished"] is True
     assert count["synthetic/train"] + count["synthetic/test"] == 8
     assert (count["real/train"], count["real/test"]) == (9, 3)
+    assert record(prepared)["not_asked"] == 1                            # the fourth of val/
     for split, n in count.items():
         assert len(list((prepared / split / "images").iterdir())) == n
         assert names(prepared / split) == [p.stem for p in
@@ -281,7 +282,7 @@ def test_the_table_of_bad_input(tmp_path):
         for picture, file in ((image, f"images/{name}"), (label, f"labels/{stem}{ending}")):
             if picture is not None:
                 save(root / file, picture)
-    fill(root / "real", 9)
+    save(fill(root / "real", 9) / "turned.jpg", encoded(noise(0, (64, 48)), "JPEG", exif=TURNED))
     before = content(root)
     text = good("--synthetic", root / "images", root / "labels", "--real", root / "real",
                 "--out", tmp_path / "out", "--label-ids", "labelIds", *SMALL[:-1], 8)

@@ -409,6 +409,7 @@ def test_the_demo_ends_in_one_picture(tmp_path, monkeypatch, capsys):
     assert {text.get_position(): text.get_text() for text in matrix.texts} == {
         (j, i): f"{(3 * i + j) / 10:.3f}" for i in range(3) for j in range(3)}
     assert matrix.get_xlabel() == "tested on" and matrix.get_ylabel() == "trained on"
+    assert np.allclose(matrix.images[0].get_array(), [[0] * 3, [0.5] * 3, [1] * 3])   # by columns
     figures.draw_matrix(matrix, np.array([[50.0, 60.0]]), ["a"], ["b", "c"], "accuracy")
     assert matrix.texts[-1].get_text() == "60.0"
 
