@@ -141,7 +141,8 @@ def main():
     # 2. The networks: psi of Eq 5, R and D.
     psi = None
     if args.method == "ours":
-        psi = load_inception(args.inception, args.layer, images=real, seed=args.seed).to(device)
+        psi = load_inception(args.inception, args.layer, images=real, seed=args.seed)
+        psi = place(psi, device)
     torch.manual_seed(args.seed)
     R = place(Refiner(), device, learning=True)
     D = place(Discriminator(args.final_relu, args.d_stride), device, learning=True)

@@ -31,9 +31,9 @@ from support.cli import (UserError, announce, markdown_table, natural, parser, p
                          progress, provenance, start, writable, write_json, write_text)
 from support.figures import save_grid, save_matrices
 from support.raw import palette_of
-from support.training import (add_device_flag, add_precision_flag, autocast, load_checkpoint,
-                              make_optimizer, pick_device, place, precision_note,
-                              save_checkpoint, sha256, to_float)
+from support.training import (add_device_flag, add_precision_flag, autocast, keep_on,
+                              load_checkpoint, make_optimizer, pick_device, place,
+                              precision_note, save_checkpoint, sha256, to_float)
 
 NETWORKS = {"unet": "U-Net", "deeplabv3plus": "DeepLabV3+"}
 # Tables 3-6: rows are training images, columns synthetic, refined, real. The paper's "refined"
@@ -83,14 +83,16 @@ def train(net, images, labels, args, device, title):
     [N, 3, H, W], labels trainIds [N, H, W]."""
     batch = min(args.batch_size, len(images))
     whole = len(images) // batch * batch                      # what fills no batch is left out
+    images, labels = keep_on(device, images, labels)
     steps = args.epochs * whole // batch
     optimizer = make_optimizer("adam", net.parameters(), args.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     net.train()
     for _ in progress(range(args.epochs), desc=title, unit="epoch"):
         for index in torch.randperm(len(images))[:whole].split(batch):
+            index = index.to(images.device, non_blocking=True)
             x, y = images[index].to(device), labels[index].to(device).long()
-            mirror = (torch.rand(batch) < 0.5).to(device)
+            mirror = (torch.rand(batch) < 0.5).to(device, non_blocking=True)
             x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
             y = torch.where(mirror[:, None, None], y.flip(-1), y)
             with autocast(device, args.precision):

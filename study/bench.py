@@ -37,8 +37,8 @@ import pretrain
 import train_gan
 from models import (REAL, REFINED, DeepLabV3Plus, Discriminator, Refiner, UNet, fid,
                     inception_features, load_inception, patch_loss, ssim)
-from support.cli import (announce, markdown_table, parser, path_of, positive, provenance, start,
-                         write_json, write_text)
+from support.cli import (announce, markdown_table, name_of, parser, path_of, positive, provenance,
+                         start, write_json, write_text)
 from support.training import (add_device_flag, autocast, learning_layout, make_optimizer,
                               pick_device, place, to_float, to_uint8)
 
@@ -338,7 +338,7 @@ def main():
     if args.json:
         write_json(args.json, {"rows": table.rows, "machine": machine(),
                                **provenance(args, device)})
-        write_text(args.json.with_suffix(".md"), f"{machine()}, {device}, torch "
+        write_text(args.json.with_suffix(".md"), f"{machine()}, {name_of(device)}, torch "
                    f"{torch.__version__}, {args.size[0]} x {args.size[1]}, batch "
                    f"{args.batch_size}\n\n" + markdown_table(
                        ["what", "median", "ratio", "against"], table.cells()) + "\n")

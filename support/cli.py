@@ -77,7 +77,7 @@ def start(main):
 def out_of_memory(error):
     """Whether an exception is CUDA's, PyTorch's (on a CPU) or Python's want of memory."""
     return (isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-            or "allocate memory" in str(error))
+            or "allocate memory" in str(error) or "out of memory" in str(error))
 
 
 # ------------------------------------------------------------------------ the command line
@@ -227,13 +227,19 @@ def lock(folder):
 # ----------------------------------------------------------------------- what a run says
 
 
-def announce(script, device, seed, reads, writes, note=""):
-    """The first line of a script: device, versions, what it reads, what it writes, a note."""
+def name_of(device):
+    """A device as text, with the name of a GPU or the number of a CPU's threads."""
     import torch
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU")
+    return f"{device} ({name})"
+
+
+def announce(script, device, seed, reads, writes, note=""):
+    """The first line of a script: device, versions, what it reads, what it writes, a note."""
+    import torch
     versions = f"torch {torch.__version__}, torchvision {version('torchvision')}"
-    print(f"{script}: {device.type} ({name}), {versions}, seed {seed}; reads {reads}; writes "
+    print(f"{script}: {name_of(device)}, {versions}, seed {seed}; reads {reads}; writes "
           f"{writes}{note}", flush=True)
 
 
@@ -242,7 +248,7 @@ def provenance(args, device):
     import torch
     return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "settings": dict(vars(args)),
-            "device": f"{device}, {torch.get_num_threads()} threads",
+            "device": name_of(device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "torchvision": version("torchvision"), "numpy": version("numpy"),
                          "pillow": version("pillow")}}

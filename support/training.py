@@ -2,7 +2,7 @@
 
     pick_device, autocast, place, keep_on      where and how precisely a network computes
     to_float, to_uint8, Batches                images as networks want them
-    make_optimizer
+    make_optimizer, load_optimizer
     Training                                   a loop that can be stopped, resumed and watched
     save_checkpoint, load_checkpoint, rebuild  tensors and plain values only
     load_weights                               ImageNet's, or a file's, into a network
@@ -32,9 +32,10 @@ def pick_device(name, precision="float32"):
         device = torch.empty(0, device=name).device
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError
-    except Exception:                                # another kind for every device
-        raise UserError(f"--device {name}: this PyTorch sees no such device; use --device cpu, "
-                        "cuda, cuda:1 or mps") from None
+    except Exception as error:                       # another kind for every device
+        why = (str(error).splitlines() or ["no network runs on it"])[0][:80]
+        raise UserError(f"--device {name}: cannot be used here ({why}); use --device cpu, cuda, "
+                        "cuda:1 or mps") from None
     rounded = precision != "float32"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = rounded
     return device
@@ -63,14 +64,14 @@ def autocast(device, precision):
 
 def learning_layout(device):
     """The memory order in which 4x4 convolutions learn fastest: channels last, but not on a CPU
-    without AVX-512."""
+    without AVX-512; nor on MPS, whose BatchNorm learns wrongly in it (pytorch issue 175189)."""
     narrow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return torch.contiguous_format if narrow else torch.channels_last
+    return torch.contiguous_format if narrow or device.type == "mps" else torch.channels_last
 
 
 def place(net, device, learning=False):
     """Move `net` to `device`, in the fastest memory order; `learning`: of 4x4 convolutions."""
-    layout = learning_layout(device) if learning else torch.channels_last
+    layout = learning_layout(device) if learning or device.type == "mps" else torch.channels_last
     return net.to(device, memory_format=layout)
 
 
@@ -85,6 +86,18 @@ def make_optimizer(name, parameters, lr):
         return torch.optim.Adam(parameters, lr, fused=device != "mps")
     momentum = 0.9 if name == "momentum" else 0
     return torch.optim.SGD(parameters, lr, momentum=momentum, fused=device == "cuda")
+
+
+def load_optimizer(optimizer, state):
+    """load_state_dict of a state that another device has saved, whose fused kernel and memory order
+    may be others: a fused kernel goes through weights and momentum as they lie in memory."""
+    for group in state["param_groups"]:
+        group["fused"] = optimizer.defaults["fused"]
+    optimizer.load_state_dict(state)
+    for weight, values in optimizer.state.items():
+        for name, value in values.items():
+            if torch.is_tensor(value) and value.shape == weight.shape:
+                values[name] = torch.empty_like(weight).copy_(value)
 
 
 # ---------------------------------------------------------------------------------- batches
@@ -255,7 +268,10 @@ class Training:
                 raise UserError(f"{self.path}: was run with {key} = {old}, not {value}; --resume "
                                 "goes on with the same settings only")
         for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
+            if isinstance(part, torch.optim.Optimizer):
+                load_optimizer(part, saved[name])
+            else:
+                part.load_state_dict(saved[name])
         self.step = saved["step"]
         if any(len(row) != len(self.columns) for row in saved["log"]):
             raise UserError(f"{self.path}: its log has other columns, so it was saved by an older "

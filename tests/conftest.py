@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 # arguments, folder, output and exit status, which signals can kill, but ready in 0.1 s.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["conftest", "torch", "torchvision", "matplotlib.pyplot", "models"])
-os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"),
+                                                         os.environ.get("PYTHONPATH")]))
 
 
 def as_main(script, args, cwd, out, megabytes):

@@ -4,7 +4,7 @@ Skipped where there is no CUDA device. Tolerances: float32 sums are in another o
 the largest value); TF32 is off.
 """
 import copy
-import math
+import os
 import shutil
 
 import pytest
@@ -42,18 +42,20 @@ def networks(device):
 
 
 def gan_step(device):
-    """Two updates of R and one of D on equal batches: all values and weights."""
+    """Two updates of R and of D on equal batches: all values and weights. D learns so fast that a
+    step shows; its second one has momentum, and a history that is full."""
     R, D = networks(device)
     optimizers = [make_optimizer(name, net.parameters(), lr)
-                  for name, net, lr in (("sgd", R, 1e-4), ("momentum", D, 1e-3))]
+                  for name, net, lr in (("sgd", R, 1e-4), ("momentum", D, 0.1))]
     batches, values = Batches(0, device), {}
-    history = train_gan.History(8, batches.random, device)
+    history = train_gan.History(5, batches.random, device)
     x, y = images(6), images(6, seed=1)
     history.add(train_gan.refine(R, batches.draw(x, 4)))
     for _ in range(2):
         values |= train_gan.update_R(R, D, optimizers[0], batches.draw(x, 4), 50, 4e-6, 512)
-    values |= train_gan.update_D(R, D, optimizers[1], batches.draw(x, 2), batches.draw(y, 4),
-                                 history, 2)
+    for _ in range(2):
+        values |= train_gan.update_D(R, D, optimizers[1], batches.draw(x, 2), batches.draw(y, 4),
+                                     history, 2)
     return values, [*R.parameters(), *D.parameters()]
 
 
@@ -62,7 +64,7 @@ def test_a_gan_step_is_a_cpus():
     for name, value in values.items():
         close(found[name], value, 1e-3)
     for weight, other in zip(weights, others):
-        close(other, weight)
+        close(other, weight, 1e-3)
 
 
 def test_a_pre_training_step_is_a_cpus():
@@ -71,8 +73,10 @@ def test_a_pre_training_step_is_a_cpus():
         R, D = networks(device)
         psi = load_inception("random", "Conv2d_4a_3x3", images(4)).to(device)
         x, y = to_float(images(4).to(device)), to_float(images(4, seed=1).to(device))
-        row = pretrain_R(R, make_optimizer("adam", R.parameters(), 1e-4), x, psi)
-        other = pretrain_D(D, make_optimizer("momentum", D.parameters(), 1e-3), x, y)
+        adam = make_optimizer("adam", R.parameters(), 1e-4)
+        momentum = make_optimizer("momentum", D.parameters(), 0.1)
+        for _ in range(2):                                    # the second loss shows the first step
+            row, other = pretrain_R(R, adam, x, psi), pretrain_D(D, momentum, x, y)
         results[device] = [row["loss"], other["loss"], *D.parameters()]
     for found, wanted in zip(results["cuda"], results["cpu"]):
         close(found, wanted, 1e-3)
@@ -109,19 +113,37 @@ def test_segmentation_is_a_cpus(Network):
 @pytest.mark.parametrize("flags", [["--precision", "tf32"], ["--precision", "bfloat16"],
                                    ["--compile"]])
 def test_every_way_to_be_faster_trains_and_saves_the_same_keys(fresh, flags):
-    if "--compile" in flags and not shutil.which("cc"):
+    if "--compile" in flags and not (os.environ.get("CC") or shutil.which("gcc")
+                                     or shutil.which("clang")):
         pytest.skip("Triton wants a C compiler")
-    gan = ["train_gan.py", "--steps", 4, "--batch-size", 2, "--sample-every", 2]
-    call(*gan, "--device", "cpu", cwd=fresh)
-    wanted = torch.load(fresh / "runs/ours/last.pt", weights_only=True)
-    call(*gan, "--device", "cuda", *flags, "--overwrite", cwd=fresh)
-    found = torch.load(fresh / "runs/ours/last.pt", weights_only=True)
-    for part in ("refiner", "discriminator", "average"):
-        assert found[part].keys() == wanted[part].keys()
-        assert all(torch.isfinite(w).all() for w in found[part].values())
+    call("train_gan.py", "--steps", 4, "--batch-size", 2, "--sample-every", 2, "--device", "cuda",
+         *flags, cwd=fresh)                                   # what is not finite is not saved
+    found, wanted = (torch.load(fresh / f"runs/ours/{name}.pt", weights_only=True)
+                     for name in ("last", "pretrain"))
+    for part, kind in (("refiner",) * 2, ("average", "refiner"), ("discriminator",) * 2):
+        assert found[part].keys() == wanted[kind].keys()
     if "--precision" in flags:
         call("segment.py", "--network", "unet", "--epochs", 1, "--batch-size", 4, "--device",
              "cuda", "--train", "real", *flags, cwd=fresh)
+
+
+def test_the_other_stages_run_on_it(fresh):
+    on_it = ["--device", "cuda"]
+    call("pretrain.py", "--steps", 2, "--d-steps", 2, "--batch-size", 2, "--inception", "random",
+         "--overwrite", *on_it, cwd=fresh)
+    call("refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "data/ours", *on_it,
+         cwd=fresh)
+    call("evaluate.py", "--inception", "random", "--n", 3, *on_it, cwd=fresh)
+
+
+def test_tf32_rounds_and_float32_does_not():
+    x, weight = torch.randn(4, 64, 40, 80), torch.randn(64, 64, 4, 4)
+    wanted, error = torch.conv2d(x.double(), weight.double()), {}
+    for precision in ("tf32", "float32"):                     # ends as the other tests want it
+        pick_device("cuda", precision)
+        found = torch.conv2d(x.cuda(), weight.cuda()).cpu()
+        error[precision] = (found - wanted).abs().max() / wanted.abs().max()
+    assert error["float32"] < 2e-5 and error["tf32"] > 5e-5
 
 
 @pytest.mark.parametrize("first, then", [("cuda", "cpu"), ("cpu", "cuda")])
@@ -134,8 +156,7 @@ def test_a_run_stopped_on_one_device_resumes_on_the_other(fresh, first, then):
     process.terminate()
     assert process.wait() == 130
     call(*gan, "--device", then, "--resume", cwd=fresh)
-    state = torch.load(last, weights_only=True)
-    assert state["step"] == 60 and all(math.isfinite(row[0]) for row in state["log"])
+    assert torch.load(last, weights_only=True)["step"] == 60
 
 
 def test_images_that_do_not_fit_stay_in_main_memory(monkeypatch, capsys):
@@ -156,7 +177,9 @@ def test_images_that_do_not_fit_stay_in_main_memory(monkeypatch, capsys):
 def test_a_step_does_not_wait_for_the_gpu():
     """From the batches to the average; the log reads the losses every 20 steps."""
     device, (R, D) = torch.device("cuda"), networks("cuda")
-    optimizers = [make_optimizer("sgd", net.parameters(), 1e-4) for net in (R, D)]
+    optimizers = [make_optimizer(name, net.parameters(), 1e-4)
+                  for name, net in (("sgd", R), ("momentum", D), ("adam", R))]
+    psi = place(load_inception("random", "Conv2d_4a_3x3", images(4)), device)
     batches, average = Batches(0, device), copy.deepcopy(R)
     x, y = keep_on(device, images(6), images(6))
     history = train_gan.History(4, batches.random, device)
@@ -164,6 +187,8 @@ def test_a_step_does_not_wait_for_the_gpu():
 
     def step():
         with autocast(device, "bfloat16"):
+            pretrain_R(R, optimizers[2], batches.draw(x, 4), psi)
+            pretrain_D(D, optimizers[1], batches.draw(x, 4), batches.draw(y, 4))
             train_gan.update_R(R, D, optimizers[0], batches.draw(x, 4), 50, 4e-6, 512)
             train_gan.update_D(R, D, optimizers[1], batches.draw(x, 2), batches.draw(y, 4),
                                history, 2)

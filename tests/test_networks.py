@@ -225,6 +225,33 @@ def test_a_refiner_of_an_older_checkpoint_loads():
         rebuild(Refiner, state, "refiner", "old.pt")
 
 
+@pytest.mark.parametrize("name", training.OPTIMIZERS)
+@pytest.mark.parametrize("saved, here", [("channels_last", "contiguous_format"),
+                                         ("contiguous_format", "channels_last")])
+def test_an_optimizer_goes_on_in_another_memory_order(name, saved, here):
+    """And with the kernel of this device, whichever has saved it: the next steps are the same."""
+    torch.manual_seed(0)
+    start, gradients = nn.Conv2d(3, 5, 4), torch.randn(3, 5, 3, 4, 4)
+    nets, optimizers = [], []
+    for layout in (saved, here):
+        nets.append(copy.deepcopy(start).to(memory_format=getattr(torch, layout)))
+        optimizers.append(training.make_optimizer(name, nets[-1].parameters(), 0.1))
+    for i, gradient in enumerate(gradients):
+        for net, optimizer in zip(nets, optimizers):
+            net.weight.grad = torch.empty_like(net.weight).copy_(gradient)
+            net.bias.grad = gradient.sum((1, 2, 3))
+            if i or optimizer is optimizers[0]:                # the second begins after a step
+                optimizer.step()
+        if i == 0:
+            nets[1].load_state_dict(nets[0].state_dict())
+            state = copy.deepcopy(optimizers[0].state_dict())
+            state["param_groups"][0]["fused"] = True           # as a GPU saves it
+            training.load_optimizer(optimizers[1], state)
+    torch.testing.assert_close(*[net.weight for net in nets])
+    for optimizer in optimizers:
+        assert optimizer.param_groups[0]["fused"] == optimizer.defaults["fused"]
+
+
 @pytest.mark.parametrize("zip_format", [True, False])
 def test_truncated_checkpoint(tmp_path, zip_format):
     """A file cut off anywhere, in PyTorch's present format or the old one: one error."""
