@@ -145,7 +145,7 @@ def refine_pictures(R, args, record, device):
     write_json(args.out / "refine.json", record)
     skipped = 0
     for target, file in progress(file_of.items(), desc="refine", unit="picture"):
-        if target.exists() and target.stat().st_mtime_ns == file.stat().st_mtime_ns:
+        if target.exists() and abs(target.stat().st_mtime - file.stat().st_mtime) < 2:    # FAT
             continue
         try:
             picture = read_rgb(file)
