@@ -139,7 +139,8 @@ def test_ctrl_c_in_prepare_is_one_line(tmp_path):
     with open(tmp_path / "err", "w") as err:
         process = subprocess.Popen(
             [sys.executable, ROOT / "prepare.py", "--demo", "--size", "400", "800", "--test", "5",
-             "--limit", "1", "--workers", "3"], cwd=tmp_path, stderr=err, start_new_session=True)
+             "--limit", "1", "--workers", "3"], cwd=tmp_path, stderr=err, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's & ignores
         while len(list(tmp_path.glob("data/synthetic/test/images/*.png"))) < 4:
             assert process.poll() is None
         os.killpg(process.pid, signal.SIGINT)
