@@ -156,7 +156,7 @@ def find_domains(folder):
         print(f"missing: {folder / missing}/ (left out; prepare.py or refine.py makes it)")
     domains = [d for d in PAPER if d in found] + [d for d in found if d not in PAPER]
     check_domains(folder, [*domains, "real"], ["test"])
-    check_domains(folder, ["real"], ["test", "train"])        # of which is the floor
+    check_domains(folder, ["real"], ["test", "train"])        # the floor's are of train/
     for d in domains:
         if names(folder / d / "test") != names(folder / domains[0] / "test"):
             raise UserError(f"{folder / d}: its file names differ from {domains[0]}'s, so rows "

@@ -59,12 +59,14 @@ def names(folder):
     for record in (above[1] / "refine.json", above[2] / "prepare.json"):
         if record.is_file() and not read_record(record).get("finished"):
             raise UserError(f"{record}: that run has not finished; run it again")
-    files = sorted(images.glob("[!.]*"))
-    other = [file for file in files if file.suffix != ".png"]
-    if not files or other:
-        raise UserError(f"{other[0]}: a domain has *.png only" if other else
-                        f"{images}: no *.png there; run prepare.py (or refine.py) first")
-    return sorted(file.stem for file in files)
+    found = []
+    for file in images.glob("[!.]*"):
+        if file.suffix != ".png":
+            raise UserError(f"{file}: a domain has *.png only; save it as one, or take it away")
+        found.append(file.stem)
+    if not found:
+        raise UserError(f"{images}: no *.png there; run prepare.py (or refine.py) first")
+    return sorted(found)
 
 
 def classes_of(folder):

@@ -4,7 +4,7 @@ R learns to give back its input: `ours` by the perceptual loss (Eq 5), `simgan` 
 self-regularisation (Eq 4). D learns to tell synthetic images from real ones. After this R
 changes next to nothing; the adversarial training (train_gan.py) starts there.
 
-Reads   data/synthetic/train, data/real/train (images only)
+Reads   data/synthetic/train, data/real/train (images only; the size of those in test/)
 Writes  runs/METHOD/pretrain.pt   both networks, both optimisers, the random state
         runs/METHOD/pretrain.csv  one row a step: loss, and what it means in plain units
         runs/METHOD/pretrain.png  synthetic / R(synthetic) / |difference|

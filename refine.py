@@ -145,7 +145,8 @@ def refine_pictures(R, args, record, device):
     write_json(args.out / "refine.json", record)
     skipped = 0
     for target, file in progress(file_of.items(), desc="refine", unit="picture"):
-        if target.exists() and abs(target.stat().st_mtime - file.stat().st_mtime) < 2:    # FAT
+        # Made of this very file: it has its time, as exactly as any file system keeps it (2 s).
+        if target.exists() and abs(target.stat().st_mtime - file.stat().st_mtime) < 2:
             continue
         try:
             picture = read_rgb(file)

@@ -155,8 +155,9 @@ def in_parallel(function, jobs, workers):
 
 
 def end_with_parent():
-    """In a worker: end when the main process has, since a SIGKILL of it tells nobody."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)     # a Ctrl-C is the main process's to answer
+    """In a worker: leave a Ctrl-C to the main process, and end when that has, since a SIGKILL of it
+    tells nobody."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch():
         multiprocessing.parent_process().join()
