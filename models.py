@@ -1,7 +1,7 @@
 """The networks and the metrics of the paper.
 
     Refiner, Discriminator      section 5.1 and Table 1
-    load_inception              psi of the perceptual loss (Eq 5), also for FID: support/inception.py
+    load_inception              psi of the perceptual loss (Eq 5) and of FID: support/inception.py
     UNet, DeepLabV3Plus         section 5.3
     fid, kid, ssim              section 5.2, written by hand: this is where to read them
     leave_out, jackknife_error  how sure a score is
