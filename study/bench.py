@@ -10,7 +10,7 @@ Reads   nothing; draws its own images
 Writes  the table; with --json PATH also as PATH, with hardware, versions and every single time,
         and as Markdown beside it
 
-    python -m study.bench                        everything, 3 minutes on 2 cores
+    python -m study.bench                        everything, 7 minutes on 2 cores
     python -m study.bench --only gan metrics     some sections
     python -m study.bench --size 40 80 --batch-size 8 --json results/bench.json
 """
@@ -43,7 +43,7 @@ from support.training import (add_device_flag, autocast, learning_layout, make_o
                               pick_device, place, to_float, to_uint8)
 
 ROOT = Path(__file__).resolve().parents[1]
-FRAMES = 48                                          # full-size ones, of each domain
+FRAMES = 96                                          # full-size ones, of each domain
 
 
 # ------------------------------------------------------------------------------ the clock
@@ -231,6 +231,20 @@ def draw_raw(folder):
 # -------------------------------------------------------------------------- the sections
 
 
+def bench_prepare(table, args):
+    """prepare.py on full-size PNGs, through its command line, on two cores and on one."""
+    with tempfile.TemporaryDirectory() as folder:
+        draw_raw(Path(folder) / "raw")
+        raw = [f"{folder}/raw/images", f"{folder}/raw/labels"]
+
+        def run(workers):
+            subprocess.run([sys.executable, ROOT / "prepare.py", "--synthetic", *raw, "--real",
+                            *raw, "--test", f"{FRAMES // 2}", "--out", f"{folder}/data",
+                            "--workers", workers], check=True, capture_output=True)
+        table.compare("prepare.py, full-size PNG, --workers 2", lambda: run("2"), lambda: run("1"),
+                      "--workers 1", 2 * FRAMES)
+
+
 def bench_gan(table, args):
     """The GAN step: against a convolution, the straightforward loop, other arithmetic."""
     size, n, device = args.size, max(args.batch_size, 2), table.device
@@ -289,20 +303,6 @@ def bench_metrics(table, args):
                   [slow / t for t in times], "scipy's sqrtm (once)")
 
 
-def bench_prepare(table, args):
-    """prepare.py on full-size PNGs, through its command line, on two cores and on one."""
-    with tempfile.TemporaryDirectory() as folder:
-        draw_raw(Path(folder) / "raw")
-        raw = [f"{folder}/raw/images", f"{folder}/raw/labels"]
-
-        def run(workers):
-            subprocess.run([sys.executable, ROOT / "prepare.py", "--synthetic", *raw, "--real",
-                            *raw, "--test", "1", "--out", f"{folder}/data", "--workers", workers],
-                           check=True, capture_output=True)
-        table.compare("prepare.py, full-size PNG, --workers 2", lambda: run("2"), lambda: run("1"),
-                      "--workers 1", 2 * FRAMES)
-
-
 def machine():
     """The processor as it calls itself, how many cores, and its widest vector instructions."""
     info = Path("/proc/cpuinfo")
@@ -312,8 +312,8 @@ def machine():
             f"{torch.backends.cpu.get_cpu_capability()}")
 
 
-SECTIONS = {"gan": bench_gan, "networks": bench_networks, "metrics": bench_metrics,
-            "prepare": bench_prepare}
+SECTIONS = {"prepare": bench_prepare, "gan": bench_gan, "networks": bench_networks,
+            "metrics": bench_metrics}
 
 
 def arguments():
@@ -323,7 +323,7 @@ def arguments():
                    help="sections")
     p.add_argument("--size", type=positive(int), nargs=2, default=[80, 160], metavar=("H", "W"))
     p.add_argument("--batch-size", type=positive(int), default=4, help="images a batch")
-    p.add_argument("--repeats", type=positive(int), default=3, help="of which the median is shown")
+    p.add_argument("--repeats", type=positive(int), default=5, help="of which the median is shown")
     p.add_argument("--json", type=path_of, help="write the table and every time to this file")
     return p.parse_args()
 
