@@ -264,10 +264,7 @@ def read_ids(path):
 
 UNKNOWN = 254                                        # no trainId: such a frame is refused
 IGNORE = 255                                         # void: in no loss and no score
-# The colours of Cityscapes' labels that are void; black if not here. Pole and car share theirs.
-VOID_COLOURS = {5: (111, 74, 0), 6: (81, 0, 81), 9: (250, 170, 160), 10: (230, 150, 140),
-                14: (180, 165, 180), 15: (150, 100, 100), 16: (150, 120, 90), 18: (153, 153, 153),
-                29: (0, 0, 90), 30: (0, 0, 110), 34: (0, 0, 142)}
+TWINS = (18, 34)                                     # void, in the colours of pole and car
 
 
 def palette_of(table):
@@ -310,44 +307,28 @@ def lookup(ids, table):
     return known
 
 
-def by_colour(used, colours, ids, table):
-    """Raw value -> trainId as the colours of a palette say, uint8 [256], or None where they say no
-    more than the values: all that are `used` must be Cityscapes', one at least not at its place."""
-    official = {row[1] if ids == "labelIds" else i: row[2] for i, row in enumerate(table)}
-    if ids == "labelIds":
-        official.update(VOID_COLOURS)
-    meaning = {(0, 0, 0): IGNORE, **dict.fromkeys(VOID_COLOURS.values(), IGNORE)}
-    meaning.update({colour: i for i, (_, _, colour) in enumerate(table)})
-    shown = {i: tuple(colours[i].tolist()) for i in used}
-    at_home = all(colour == official.get(i, (0, 0, 0)) for i, colour in shown.items())
-    known = all(colour in meaning for colour in shown.values())
-    if at_home or not known or not colours[used].any():
-        return None
-    train_id = np.zeros(256, np.uint8)
-    train_id[used] = [meaning[colour] for colour in shown.values()]
-    return train_id
-
-
-def check_greys(used, colours, valid):
-    """ValueError if a palette shows greys that may be the ids: a program that sorts palettes has
-    made it of a grey label, or somebody shows classes as greys. Black and white are a mask's."""
+def check_palette(used, colours, known, table):
+    """ValueError if a palette shows another class than a value is, in colour or as grey: a program
+    has sorted it, or the values are other ids. Black and white are a mask's."""
+    class_of = {colour: i for i, (_, _, colour) in enumerate(table)}
+    for value in used:
+        shown = class_of.get(tuple(colours[value].tolist()))
+        if shown not in (None, known[value]) and value not in TWINS:
+            raise ValueError(f"its palette shows {table[shown][0]} where the value is {value}; save "
+                             "it in grey, or say --label-ids")
     shown = colours[used]
     grey = shown[:, 0]
-    if (shown == shown[:, :1]).all() and valid[grey].all() and len(set(grey)) == len(grey) \
-            and (grey != used).any() and not set(grey) <= {0, 255}:
+    if (shown == shown[:, :1]).all() and (known[grey] != UNKNOWN).all() \
+            and len(set(grey)) == len(grey) and (grey != used).any() and not set(grey) <= {0, 255}:
         raise ValueError("its palette shows other ids as grey than its values are; save it in grey")
 
 
 def read_label(file, ids, table):
-    """A label file as trainIds (PIL mode L), and its highest labelId (255: it holds none). The
-    values are the ids; but some programs sort a palette, and then its colours say what is meant."""
+    """A label file as trainIds (PIL mode L), and its highest labelId (255: it holds none)."""
     values, colours = read_ids(file)
     used, known = np.flatnonzero(np.bincount(values.ravel(), minlength=256)), lookup(ids, table)
     if colours is not None:
-        meant = None if ids == "classes" else by_colour(used, colours, ids, table)
-        if meant is not None:
-            return Image.fromarray(meant[values]), 255
-        check_greys(used, colours, known != UNKNOWN)
+        check_palette(used, colours, known, table)
     bad = used[known[used] == UNKNOWN]
     if bad.size:
         raise ValueError(f"label ids {', '.join(map(str, bad[:5]))} are not {ids} of the "
