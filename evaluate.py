@@ -10,7 +10,7 @@ Writes  results/table2.md    FID, KID and SSIM against real, next to the paper's
     python evaluate.py --inception random                      no download; not an FID
 
 Every row has the same N, the same real images and, for SSIM, the same real partner per image. Two
-cores take 14 images a second through Inception.
+cores take 16 images a second through Inception.
 """
 from pathlib import Path
 
@@ -35,6 +35,11 @@ CONTROL = "one flat colour (control)"
 # -------------------------------------------------------------------------------- the scores
 
 
+def mean(values):
+    """The mean as a plain number."""
+    return values.mean().item()
+
+
 def measure(images, features, real, real_features, device):
     """The metrics of `images` against `real`: {metric: (value, leave_out values)}.
     images, real: uint8 [N, 3, H, W] or Images, image i and real i being partners for SSIM;
@@ -51,8 +56,7 @@ def measure(images, features, real, real_features, device):
         for x, y in zip(images.split(64), real.split(64)):
             values.append(ssim(x.to(device), y.to(device), max_val).cpu().double())
         values = torch.cat(values)
-        found[name] = (values.mean().item(), leave_out(
-            lambda v: v.mean().item(), values, groups=len(values)))    # error: std / sqrt(N)
+        found[name] = mean(values), leave_out(mean, values, groups=len(values))  # std / sqrt(N)
     return found
 
 
@@ -75,7 +79,7 @@ def difference(row, other):
 
 
 def compare(rows, images):
-    """Scores with their errors, and the differences: to the first row, and ours to simgan."""
+    """Scores with their errors, and the differences: rows minus the first, ours minus simgan."""
     found = {"rows": {}, "differences": {}}
     for d, row in rows.items():
         found["rows"][d] = {"images_sha256": sha256(images[d].split(64)),
@@ -147,7 +151,7 @@ def arguments():
 
 
 def find_domains(folder):
-    """The names of the domains below `folder` but real, in Table 2's order; says which are missing.
+    """The names of the domains below `folder` but real, in PAPER's order; says which are missing.
     UserError if their rows could not be compared."""
     found = sorted(p.parent.name for p in folder.glob("*/test") if p.parent.name != "real")
     if not found:

@@ -3,7 +3,7 @@
     Refiner, Discriminator      section 5.1 and Table 1
     load_inception              psi of the perceptual loss (Eq 5) and of FID: support/inception.py
     UNet, DeepLabV3Plus         section 5.3
-    fid, kid, ssim              section 5.2, written by hand: this is where to read them
+    fid, ssim (section 5.2), kid  written by hand: this is where to read them
     leave_out, jackknife_error  how sure a score is
 
 Images enter a network as float32 in [-1, 1], [N, 3, H, W]; everywhere else they are uint8.
@@ -26,7 +26,7 @@ class ResnetBlock(nn.Module):
     """Two 4x4 convolutions with 64 maps and the identity beside them (section 5.1).
 
     An even kernel cannot be centred: padding 1 and then 2 makes H-1 and then H again, so that
-    the block as a whole is. The padding reflects the image; beside zeros R paints a frame.
+    the block as a whole is. The padding reflects the image; with zeros R paints a frame.
     """
 
     def __init__(self, maps=64):
@@ -120,7 +120,7 @@ class UNet(nn.Module):
     """U-Net (Ronneberger et al. 2015): [N, 3, H, W] in [-1, 1] -> logits [N, classes, H, W].
 
     Four levels down and up, base width 32 (the original has 64), padded convolutions with
-    BatchNorm. H and W must be multiples of 16 or are padded up to one by repeating the edge.
+    BatchNorm. H and W are padded up to multiples of 16 by repeating the edge.
     """
 
     def __init__(self, classes=19):
@@ -250,9 +250,8 @@ def check_features(a, b):
 def kid(features_a, features_b):
     """Kernel Inception Distance (Binkowski et al. 2018): the unbiased squared MMD -> float.
 
-    Kernel k(x, y) = (x.y / d + 1)^3, over all pairs of different images. Unlike FID its mean does
-    not depend on N, so it can be a little below 0 for equal distributions. Raises ValueError as
-    `fid` does.
+    Kernel k(x, y) = (x.y / d + 1)^3, over all pairs of different images. Unlike FID it has
+    no bias, so it can be a little below 0 for equal distributions. Raises ValueError as `fid` does.
     """
     check_features(features_a, features_b)
     a, b = features_a.double(), features_b.double()

@@ -11,7 +11,7 @@ Writes  data/{synthetic,real}/{train,test}/images/NAME.png   RGB, all of one siz
     python prepare.py --demo                                           no data at all
 
 Two cores do 20 full-size frames a second. The other stages import the format from here: TABLE,
-CLASSES, PALETTE, IGNORE, names, files_of, load_images, load_labels, check_domains.
+CLASSES, IGNORE, classes_of, names, files_of, load_images, load_labels, check_domains.
 """
 from collections import Counter
 from functools import partial
@@ -92,8 +92,8 @@ def load_labels(folder):
 
 
 def check_domains(folder, domains, splits):
-    """UserError unless these domains below `folder` can be compared: images of one size and, where
-    refine.py made one, the names and the very images and labels of its source today."""
+    """UserError unless these domains below `folder` can be compared: images of one size, and what
+    refine.py made is of its source as that is today."""
     sizes = {}
     for here in [folder / domain / split for domain in domains for split in splits]:
         sizes[here] = read_stack(files_of(here)[:1], "RGB").shape[2:]
@@ -126,7 +126,7 @@ def toy_frames(part, count):
 
 
 def find(domain, args):
-    """What there is of a domain to train on and, if the data set says so, to test on, or None."""
+    """What there is of a domain to train on, and what its data set has to test on, or None."""
     if args.demo:
         return toy_frames("train", args.limit or 600), toy_frames("test", args.test or 200)
     for raw in filter(None, (args.gta5, args.cityscapes, *(getattr(args, domain) or []))):
@@ -143,13 +143,13 @@ def find(domain, args):
     if not folders:
         raise UserError(f"nothing for the {domain} domain: give --gta5 and --cityscapes, "
                         "--synthetic and --real, or --demo")
-    images, labels = (*folders, None)[:2]
-    return find_folder(images, labels, args.label_ids), None
+    labels = folders[1] if len(folders) == 2 else None
+    return find_folder(folders[0], labels, args.label_ids), None
 
 
 def hold_out(domain, train, test, args, rng):
-    """The test part and the training part of a domain, frames in random order. Without official
-    test frames some are held out: 200 or a fifth."""
+    """The test part, in random order, and the training part of a domain. Without official test
+    frames some are held out: 200 or a fifth."""
     if test is None:
         n = args.test or min(200, max(len(train) // 5, min(3, len(train) // 2)))
         if not 0 < n < len(train):
@@ -177,7 +177,7 @@ def plan(args):
             found.skipped.extend(some.skipped)
             found.unread.update(some.unread)
         parts[domain, "test"], parts[domain, "train"] = hold_out(
-            domain, train.frames, test and test.frames, args, rng)
+            domain, train.frames, test.frames if test else None, args, rng)
     return parts, found
 
 
@@ -233,7 +233,8 @@ def make_frame(frame, folder, args):
         return Made(why=str(error))
     # Antialias the image (BILINEAR of PIL does), or the stride shows as a style of its own.
     image = crop_and_resize(image, crop, args.size, Image.BILINEAR)
-    label = label and crop_and_resize(label, crop, args.size, Image.NEAREST)
+    if label:
+        label = crop_and_resize(label, crop, args.size, Image.NEAREST)
     return Made(save_pair(folder, frame.name, image, label, args), highest)
 
 
@@ -348,9 +349,10 @@ def settings_of(args):
     """What decides the data, as text."""
     settings = {}
     for flag, value in vars(args).items():
+        if flag in ("synthetic", "real") and value:
+            value = [str(v) for v in value]
         if flag not in ("workers", "strict", "out"):
-            settings[flag] = str([str(v) for v in value] if flag in ("synthetic", "real") and value
-                                 else value)
+            settings[flag] = str(value)
     return {**settings, "label_ids": args.label_ids or "labelIds"}
 
 

@@ -1,12 +1,12 @@
 """Stage 2: pre-train the refiner R, then the discriminator D (sections 3.3 and 5.1).
 
 R learns to give back its input: `ours` by the perceptual loss (Eq 5), `simgan` by the L1
-self-regularisation (Eq 4). D learns to tell synthetic images from real ones. After this R
-changes next to nothing; the adversarial training (train_gan.py) starts there.
+self-regularisation (Eq 4). D learns to tell synthetic images from real ones. The adversarial
+training (train_gan.py) starts there, with R(x) nearly x.
 
-Reads   data/synthetic/train, data/real/train (images only; the size of those in test/)
+Reads   data/synthetic/train, data/real/train (images only)
 Writes  runs/METHOD/pretrain.pt   both networks, both optimisers, the random state
-        runs/METHOD/pretrain.csv  one row a step: loss, and what it means in plain units
+        runs/METHOD/pretrain.csv  one row a step: loss; of R mean |R(x) - x|, of D its accuracy
         runs/METHOD/pretrain.png  synthetic / R(synthetic) / |difference|
 
     python pretrain.py                       ours, the paper's 1200 + 400 steps
@@ -28,12 +28,12 @@ from support.training import (OPTIMIZERS, Batches, Training, add_inception_flag,
                               autocast, keep_on, make_optimizer, pick_device, place, precision_note,
                               saved_run, settings_of, to_float, to_uint8)
 
-COLUMNS = ["network", "loss", "mean_change_or_accuracy"]
+COLUMNS = ["network", "loss", "mean_change", "accuracy"]
 
 
 def perceptual_loss(psi, refined, x):
     """Eq 5: mean over C, H, W (and the batch) of |psi(R(x)) - psi(x)|^2, squared L2."""
-    with torch.autocast(x.device.type, enabled=False):        # psi measures: not in bfloat16
+    with torch.autocast(x.device.type, enabled=False):        # psi in float32
         with torch.no_grad():
             target = psi(x)
         return (psi(refined) - target).square().mean()
@@ -51,7 +51,7 @@ def update_R(R, optimizer, x, psi):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return {"network": "R", "loss": loss.detach(), "mean_change_or_accuracy": change.detach()}
+    return {"network": "R", "loss": loss.detach(), "mean_change": change.detach()}
 
 
 def update_D(D, optimizer, x, y):
@@ -65,7 +65,7 @@ def update_D(D, optimizer, x, y):
     loss.backward()
     optimizer.step()
     right = torch.cat([logits_x.argmax(1) == REFINED, logits_y.argmax(1) == REAL])
-    return {"network": "D", "loss": loss.detach(), "mean_change_or_accuracy": right.float().mean()}
+    return {"network": "D", "loss": loss.detach(), "accuracy": right.float().mean()}
 
 
 def arguments():
@@ -81,9 +81,9 @@ def arguments():
     add_inception_flag(p)
     p.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="of R")
     p.add_argument("--d-optimizer", choices=OPTIMIZERS, default="momentum", help="of D")
-    p.add_argument("--final-relu", action="store_true", help="(paper) last ReLU of Table 1")
+    p.add_argument("--final-relu", action="store_true", help="the last ReLU of Table 1")
     p.add_argument("--d-stride", type=positive(int), default=3,
-                   help="(paper) of D's first convolution: a patch is 50 x 50 pixels; 20 x 20 at 1")
+                   help="(paper) stride of D's first layer: patches of 50 x 50 pixels; 1: 20 x 20")
     p.add_argument("--save-every", type=positive(int), default=200, help="steps")
     args = p.parse_args()
     args.run = args.run or Path("runs") / args.method
@@ -92,13 +92,13 @@ def arguments():
 
 @torch.no_grad()
 def summarise(path, R, x, rows, args):
-    """Draw pretrain.png from synthetic images x and print what the last 50 steps of each were."""
+    """Draw pretrain.png from synthetic images x; print the means of the last 50 steps of each."""
     refined = R(x)
     save_grid(path, {"synthetic": to_uint8(x), "R(synthetic)": to_uint8(refined),
                      "|difference|": (to_uint8(refined).int() - to_uint8(x).int()).abs().byte()})
-    change = fmean(row["mean_change_or_accuracy"] for row in rows[:args.steps][-50:])
+    change = fmean(row["mean_change"] for row in rows[:args.steps][-50:])
     loss = fmean(row["loss"] for row in rows[args.steps:][-50:])
-    accuracy = fmean(row["mean_change_or_accuracy"] for row in rows[args.steps:][-50:])
+    accuracy = fmean(row["accuracy"] for row in rows[args.steps:][-50:])
     print(f"R: mean |R(x) - x| = {change:.3f} with x in [-1, 1] (0 is the identity); D: loss "
           f"{loss:.3f} (1.386 is guessing), accuracy {accuracy:.2f}")
 

@@ -27,7 +27,7 @@ from models import Refiner
 from prepare import files_of
 from support.cli import (UserError, announce, lock, parser, path_of, positive, progress, start,
                          write_json, write_png)
-from support.images import Images, sha256_of
+from support.images import read_stack, sha256_of
 from support.raw import UNREADABLE, by_ending, read_record, read_rgb, refined_names
 from support.training import (add_device_flag, load_checkpoint, pick_device, place, rebuild,
                               to_float, to_uint8)
@@ -57,8 +57,8 @@ def arguments():
 
 
 def check_out(args, record):
-    """UserError if --out was not made by refine.py, lies in what is to be refined, or holds
-    pictures that another R made."""
+    """UserError if --out was not made by refine.py, lies in what is to be refined, or was made of
+    other images or, with --images, by another R or --size."""
     out, source, made = args.out.resolve(), args.images or args.data, args.out / "refine.json"
     own = (".lock", "refine.json.tmp")       # a kill before refine.json leaves no more than these
     if out.exists() and any(p.name not in own for p in out.iterdir()) and not made.is_file():
@@ -68,7 +68,8 @@ def check_out(args, record):
         raise UserError(f"--out {args.out} lies in {'--images' if args.images else '--data'} "
                         "itself; choose another --out")
     old = read_record(made) if made.is_file() else record
-    for key in ("images", "sha256", "size") if args.images else ("images",):
+    keys = ("images", "sha256", "size") if args.images else ("images",)
+    for key in keys:
         if old.get(key) != record.get(key):
             raise UserError(f"{args.out}: was made with {key} = {old.get(key)}, not "
                             f"{record.get(key)}; choose another --out")
@@ -80,20 +81,18 @@ def check_out(args, record):
 @torch.no_grad()
 def refine_split(R, source, target, device, batch_size):
     """Refine source/images into target/images and copy the labels; returns how many."""
-    images, files = Images(files_of(source)), iter(files_of(source))
+    files = files_of(source)
     for kind in ("images", "labels"):
         shutil.rmtree(target / kind, ignore_errors=True)
         (target / kind).mkdir(parents=True)
-    batches = -(-len(images) // batch_size)
-    for x in progress(images.split(batch_size), desc=f"refine {source}", unit="batch",
-                      total=batches):
-        refined = to_uint8(R(to_float(x.to(device)))).cpu()           # [n, 3, H, W]
-        for picture in refined.permute(0, 2, 3, 1).numpy():           # [H, W, 3]
-            file = next(files).name
-            write_png(target / "images" / file, Image.fromarray(picture))
-            if (source / "labels" / file).is_file():
-                shutil.copyfile(source / "labels" / file, target / "labels" / file)
-    return len(images)
+    for i in progress(range(0, len(files), batch_size), desc=f"refine {source}", unit="batch"):
+        some = files[i:i + batch_size]
+        refined = to_uint8(R(to_float(read_stack(some, "RGB").to(device)))).cpu()  # [n, 3, H, W]
+        for file, picture in zip(some, refined.permute(0, 2, 3, 1).numpy()):       # [H, W, 3]
+            write_png(target / "images" / file.name, Image.fromarray(picture))
+            if (source / "labels" / file.name).is_file():
+                shutil.copyfile(source / "labels" / file.name, target / "labels" / file.name)
+    return len(files)
 
 
 def refine_domain(R, args, record, device):
@@ -145,7 +144,7 @@ def refine_pictures(R, args, record, device):
     write_json(args.out / "refine.json", record)
     skipped = 0
     for target, file in progress(file_of.items(), desc="refine", unit="picture"):
-        # Made of this very file: it has its time, as exactly as any file system keeps it (2 s).
+        # It has the time of this very file, as exactly as any file system keeps it (2 s).
         if target.exists() and abs(target.stat().st_mtime - file.stat().st_mtime) < 2:
             continue
         try:

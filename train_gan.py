@@ -1,7 +1,7 @@
 """Stage 3: adversarial training of the refiner R against the discriminator D (section 3.3).
 
-    repeat  twice:  R <- R - grad L_R,   L_R = alpha L_adv + beta L_rec           (Eq 2), D fixed
-            once:   D <- D - grad L_D,   half of its refined images from a history (Eq 1), R fixed
+    repeat  twice:  R a step down  L_R = alpha L_adv + beta L_rec            (Eq 2), D fixed
+            once:   D a step down  L_D, half of its refined images from a history (Eq 1), R fixed
 
 Reads   data/{synthetic,real}, runs/METHOD/pretrain.pt (METHOD: ours or simgan)
 Writes  runs/METHOD/average.pt  R averaged over the last steps: what refine.py takes
@@ -34,7 +34,7 @@ from support.training import (OPTIMIZERS, Batches, Training, add_training_flags,
                               rebuild, save_checkpoint, saved_run, settings_of, to_float, to_uint8)
 
 VALUES = 3 * 80 * 160                                  # of one image in the paper
-WARM_UP = 1000     # the best step comes later: at first D is fooled easily, no merit of R
+WARM_UP = 1000     # no best step before it: at first D is fooled easily, no merit of R
 COLUMNS = ["loss_adv", "loss_rec", "d_loss_real", "d_loss_refined", "d_acc_real",
            "d_acc_refined", "mean_change", "history", "images_per_s", "ssim"]
 
@@ -105,7 +105,7 @@ def update_R(R, D, optimizer, x, alpha, beta, rec_batch, rec="l2"):
     loss_adv = patch_loss(D(refined), REAL)                           # Eq 3: -log(1 - D(x'))
     change = (refined - x).abs().mean()
     distance = change if rec == "l1" else (refined - x).square().mean()
-    loss_rec = rec_batch * VALUES * distance                          # Eq 4 (l1): a sum
+    loss_rec = rec_batch * VALUES * distance                          # Eq 4 (l1), as a sum
     loss_R = alpha * loss_adv + beta * loss_rec                       # Eq 2
     optimizer.zero_grad()
     loss_R.backward()
@@ -118,8 +118,8 @@ def update_R(R, D, optimizer, x, alpha, beta, rec_batch, rec="l2"):
 def update_D(R, D, optimizer, x, y, history, n_old):
     """One step of D on L_D with R fixed; x: synthetic images, y: real ones, in [-1, 1].
 
-    D's refined images are R(x) and `n_old` of the history, as many as y together; the history
-    then takes R(x) in.
+    D's refined images are R(x) and `n_old` of the history, together as many as y; the history
+    then takes in R(x).
     Returns D's loss on real and on refined images and its share of right patches on each.
     """
     new = refine(R, x)
@@ -154,8 +154,8 @@ def update_average(average, R, n):
 
 
 def save_samples(path, R, average, pairs, device):
-    """Save a picture of fixed synthetic test images; return their mean SSIM, refined, to fixed
-    real ones (for Figure 1; it chooses nothing). pairs: two uint8 [N, 3, H, W]."""
+    """Save a picture of fixed synthetic test images, refined; return their mean SSIM to fixed real
+    ones (only for Figure 1). pairs: two uint8 [N, 3, H, W]."""
     synthetic, real = pairs
     refined = torch.cat([refine(R, to_float(x.to(device))).cpu() for x in synthetic.split(8)])
     x, r = synthetic[:6], refined[:6]
@@ -166,7 +166,7 @@ def save_samples(path, R, average, pairs, device):
 
 
 def save_refiners(R, average, best, training, folder):
-    """gan.pt, once there is a best step, and average.pt."""
+    """Write average.pt and, once there is a best step, gan.pt."""
     same = {"settings": training.settings, "refiner_args": R.args}
     save_checkpoint(folder / "average.pt", "average", **same, step=training.step,
                     refiner=average.state_dict())
@@ -188,11 +188,11 @@ def arguments():
     p.add_argument("--d-lr", type=positive(float), default=1e-3, help="(paper) of D")
     p.add_argument("--history", type=natural, default=100, help="capacity in batches; 0: none")
     p.add_argument("--rec-batch", type=positive(int), default=512,
-                   help="images over which L_rec is summed, whatever the batch size")
+                   help="images to whose sum L_rec is scaled, whatever the batch size")
     p.add_argument("--average", type=positive(int), help="steps over which R's weights are "
                    "averaged for average.pt (default: a fifth of --steps, at most 200)")
     p.add_argument("--rec", choices=["l1", "l2"], default="l2",
-                   help="L_rec: squares, or l1 as printed (paper)")
+                   help="L_rec: squares, or L1 as printed")
     p.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="(paper) of R")
     p.add_argument("--d-optimizer", choices=OPTIMIZERS, default="momentum", help="of D")
     p.add_argument("--save-every", type=positive(int), default=500, help="steps")

@@ -290,7 +290,7 @@ def bench_networks(table, args):
 
 
 def bench_metrics(table, args):
-    """SSIM and FID against their usual forms; that the values are equal: tests/test_bench.py."""
+    """SSIM and FID against their usual forms; that the values are equal: tests/test_metrics.py."""
     x, y = (images(n, args.size, table.device)[:64].float() for n in (64, 65))
     table.compare("SSIM, 64 pairs", lambda: ssim(x, y), lambda: direct_ssim(x, y),
                   "the direct 11 x 11 form", 64)

@@ -132,8 +132,8 @@ def verdict(values, least=0):
 
 
 def diagonal(record, by_network):
-    """How often the diagonal of Tables 3 to 6 is the highest of its row and of its column, and
-    of how many rows and columns that have two numbers or more."""
+    """How often the diagonal of a matrix (Tables 3 to 6) is the highest of its row and of its
+    column, and of how many rows and columns that have two numbers or more."""
     found = []
     for by_seed in by_network.values():
         names = rows_in(record, by_seed)
@@ -169,7 +169,7 @@ def claims_table(record, by_network):
                          f"{name} lower by {with_interval(found, 1)}"])
     best, cases = diagonal(record, by_network)
     if cases:
-        rows.append(["the diagonal of Tables 3 to 6 is the highest of its row and column",
+        rows.append(["the diagonal (cf. Tables 3 to 6) is the highest of its row and column",
                      "holds" if best == cases else "does not always hold",
                      f"{best} of {cases} rows and columns"])
     return markdown_table(["claim", "verdict", "number [95 %]"], rows)
