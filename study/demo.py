@@ -6,14 +6,14 @@ Writes  BASE/summary.png
     python -m study.demo --base demo                   of the toy town
     python -m study.demo --base .                      of your own run
 """
-import json
 from pathlib import Path
 from statistics import fmean
 
 from prepare import load_images
 from segment import of_seeds
-from support.cli import UserError, parser, path_of, start
+from support.cli import parser, path_of, start
 from support.figures import save_summary
+from support.raw import read_record
 from support.training import load_checkpoint
 from train_gan import COLUMNS
 
@@ -22,13 +22,6 @@ def arguments():
     p = parser(__doc__)
     p.add_argument("--base", type=path_of, default=Path("demo"), help="where the stages have run")
     return p.parse_args()
-
-
-def read_json(path):
-    """A record that a stage has written."""
-    if not path.is_file():
-        raise UserError(f"{path}: is not there; run the stages first (make demo)")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def mean_mIoU(segment, row, column):
@@ -54,8 +47,8 @@ def main():
     base = arguments().base
 
     # 1. What the stages have found.
-    segment = read_json(base / "results/segment_unet.json")
-    table2 = read_json(base / "results/table2.json")
+    segment = read_record(base / "results/segment_unet.json")
+    table2 = read_record(base / "results/table2.json")
     rows = list(segment["scores"][str(segment["seeds"][0])])
     on_real = {row: mean_mIoU(segment, row, "real") for row in rows}
     print_table(table2, segment, on_real)

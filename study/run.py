@@ -12,11 +12,10 @@ Writes  runs/study/NAME/seedN/{data,runs,results}/   large; laid out as a user's
       --prepare "--gta5 ~/gtav --cityscapes ~/cityscapes"
     python -m study.report paper-size
 
-The same command goes on after a stop: a finished step is not run again. --seeds or --rows does a
-part of the study; two commands with other --seeds can run side by side. Nothing but numbers
-and curves leaves runs/: street frames may not be passed on.
+The same command goes on after a stop: a finished step is not run again; other flags of a training
+want another NAME. --seeds or --rows does a part of the study; two commands with other --seeds can
+run side by side. Nothing but numbers and curves leaves runs/: street frames may not be passed on.
 """
-import csv
 import json
 import os
 import shlex
@@ -24,7 +23,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from statistics import fmean
 
 from support.cli import (UserError, lock, natural, parser, path_of, positive, start, write_json,
                          write_text)
@@ -47,8 +45,6 @@ ROWS = {
     "as-printed": {"pretrain": "--final-relu", "gan": "--rec l1", "checkpoint": "gan.pt"},
     "finer-d": {"pretrain": "--d-stride 1"},                 # patches of 20 x 20, not 50 x 50
 }
-COLUMNS = ["loss_adv", "loss_rec", "d_loss_real", "d_loss_refined", "d_acc_real",
-           "d_acc_refined", "mean_change"]                   # of the log, kept as means
 TABLE2 = ["label", "n", "weights_sha256", "device", "versions", "rows"]
 CHECKPOINTS = {"pretrain.py": "pretrain.pt", "train_gan.py": "last.pt"}    # to --resume from
 
@@ -186,16 +182,6 @@ def prepare(args):
 # ----------------------------------------------------------------------------- the record
 
 
-def end_of_log(path):
-    """The means of the last 25 rows of a log.csv: {column: number}, and how many steps it has."""
-    with open(path, encoding="utf-8") as file:
-        log = list(csv.DictReader(file))
-    means = {"steps": len(log)}
-    for column in COLUMNS:
-        means[column] = fmean(float(row[column]) for row in log[-25:])
-    return means
-
-
 def numbers_of_segment(path):
     """What is kept of a segment_NETWORK.json: confusion matrices, of which all scores are made."""
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -208,18 +194,11 @@ def numbers_of_segment(path):
 
 
 def numbers_of_seed(folder):
-    """All numbers of a seed: Table 2, the end of every training's log, every segmentation."""
+    """All numbers of a seed: Table 2 and every segmentation."""
     table2 = json.loads((folder / "results/table2.json").read_text(encoding="utf-8"))
-    kept = {key: table2[key] for key in TABLE2}
-    training = {path.parent.name: end_of_log(path)
-                for path in sorted(folder.glob("runs/*/log.csv"))}
-    for name in training:
-        refined = folder / f"data/{name}/refine.json"
-        if refined.is_file():
-            training[name]["step"] = json.loads(refined.read_text(encoding="utf-8"))["step"]
     segment = [numbers_of_segment(path)
                for path in sorted(folder.glob("results/*-epochs/segment_*.json"))]
-    return {"table2": kept, "training": training, "segment": segment}
+    return {"table2": {key: table2[key] for key in TABLE2}, "segment": segment}
 
 
 def write_record(args):

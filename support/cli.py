@@ -1,12 +1,4 @@
-"""What every script needs and no paper speaks of: one-line errors, flags, whole writes, locks.
-
-    UserError, start            a mistake is one line and exit status 2, never a traceback
-    parser, positive, natural, path_of, cpus   the command line, whose help shows every default
-    progress, in_parallel       a bar on a terminal, a line every 20 seconds in a log file
-    whole, write_text, write_json, write_png, writable, lock
-    announce, provenance        what a script says first, and what a report must record
-    markdown_table
-"""
+"""What every script needs and no paper speaks of: one-line errors, flags, whole writes, locks."""
 import argparse
 import json
 import multiprocessing

@@ -1,9 +1,4 @@
-"""Prepared images and labels in memory: all of a set, or a batch at a time.
-
-    read_stack          one tensor, if it fits into memory
-    Images              in place of a tensor, for sets of any number
-    sha256_of           of all of a split
-"""
+"""Prepared images and labels in memory: all of a set, or a batch at a time."""
 import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor

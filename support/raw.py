@@ -1,13 +1,4 @@
-"""Raw data as people have it: every file below a folder is found, or counted as not read.
-
-    Frame, Found                                an image with its label; what a data set holds
-    find_folder, find_gta5, find_cityscapes     the frames of a data set
-    read_rgb, read_ids                          one picture or label map, or why it cannot be used
-    read_label                                  its trainIds
-    read_record, check_settings, usable
-    by_ending                                   what was not read, as text
-    refined_names                               where what refine.py makes of pictures goes
-"""
+"""Raw data as people have it: every file below a folder is found, or counted as not read."""
 import json
 import os
 import unicodedata
@@ -314,8 +305,8 @@ def check_palette(used, colours, known, table):
     for value in used:
         shown = class_of.get(tuple(colours[value].tolist()))
         if shown not in (None, known[value]) and value not in TWINS:
-            raise ValueError(f"its palette shows {table[shown][0]} where the value is {value}; save "
-                             "it in grey, or say --label-ids")
+            raise ValueError(f"its palette shows {table[shown][0]} where the value is {value}; "
+                             "save it in grey, or say --label-ids")
     shown = colours[used]
     grey = shown[:, 0]
     if (shown == shown[:, :1]).all() and (known[grey] != UNKNOWN).all() \
@@ -349,8 +340,8 @@ def check_labels(domain, made, ids):
     kinds = np.count_nonzero(pixels[:-1])
     if pixels[-1] > 0.9 * pixels.sum() > 0 or pixels.any() and kinds < 2:
         print(f"warning: {domain}: {pixels[-1] / pixels.sum():.0%} of the pixels of its labels are "
-              f"void, {kinds} classes in the others; little can be learned from them. Do the labels "
-              "hold what --label-ids or --classes says?")
+              f"void, {kinds} classes in the others; little can be learned from them. Do the "
+              "labels hold what --label-ids or --classes says?")
 
 
 # --------------------------------------------------------------------------------- records
@@ -393,6 +384,8 @@ def usable(make, frames, wanted, workers):
             if made.why or missing:
                 done[frame] = made
                 missing -= not made.why
+        if missing == wanted:
+            print(f"none of the first {len(done)} frames can be used, the last: {made.why}")
         round_ += 1                                  # more at once, should all of them be bad
     return done
 

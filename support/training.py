@@ -1,12 +1,4 @@
-"""What every training needs and no paper speaks of: device, batches, checkpoints, resuming.
-
-    pick_device, autocast, place, keep_on      where and how precisely a network computes
-    to_float, to_uint8, Batches                images as networks want them
-    make_optimizer, load_optimizer
-    Training                                   a loop that can be stopped, resumed and watched
-    save_checkpoint, load_checkpoint, rebuild  tensors and plain values only
-    load_weights                               ImageNet's, or a file's, into a network
-"""
+"""What every training needs and no paper speaks of: device, batches, checkpoints, resuming."""
 import hashlib
 import math
 import os
@@ -79,25 +71,11 @@ OPTIMIZERS = ["adam", "momentum", "sgd"]
 
 
 def make_optimizer(name, parameters, lr):
-    """One of OPTIMIZERS; momentum is SGD with 0.9. Fused is one pass over the weights."""
-    parameters = list(parameters)
-    device = parameters[0].device.type
+    """One of OPTIMIZERS; momentum is SGD with 0.9. Not fused: such a kernel walks memory flat, so a
+    --resume on another device, in another memory order, would go wrong."""
     if name == "adam":
-        return torch.optim.Adam(parameters, lr, fused=device != "mps")
-    momentum = 0.9 if name == "momentum" else 0
-    return torch.optim.SGD(parameters, lr, momentum=momentum, fused=device == "cuda")
-
-
-def load_optimizer(optimizer, state):
-    """load_state_dict of a state that another device has saved, whose fused kernel and memory order
-    may be others: a fused kernel goes through weights and momentum as they lie in memory."""
-    for group in state["param_groups"]:
-        group["fused"] = optimizer.defaults["fused"]
-    optimizer.load_state_dict(state)
-    for weight, values in optimizer.state.items():
-        for name, value in values.items():
-            if torch.is_tensor(value) and value.shape == weight.shape:
-                values[name] = torch.empty_like(weight).copy_(value)
+        return torch.optim.Adam(parameters, lr)
+    return torch.optim.SGD(parameters, lr, momentum=0.9 if name == "momentum" else 0)
 
 
 # ---------------------------------------------------------------------------------- batches
@@ -268,10 +246,7 @@ class Training:
                 raise UserError(f"{self.path}: was run with {key} = {old}, not {value}; --resume "
                                 "goes on with the same settings only")
         for name, part in self.parts.items():
-            if isinstance(part, torch.optim.Optimizer):
-                load_optimizer(part, saved[name])
-            else:
-                part.load_state_dict(saved[name])
+            part.load_state_dict(saved[name])
         self.step = saved["step"]
         if any(len(row) != len(self.columns) for row in saved["log"]):
             raise UserError(f"{self.path}: its log has other columns, so it was saved by an older "
@@ -348,7 +323,7 @@ class Training:
 
     def latest(self):
         """The first columns of the last row, for the progress bar."""
-        row = list(self.rows[-1].items())[:4]
+        row = [(column, v) for column, v in self.rows[-1].items() if v == v][:4]       # not nan
         return ", ".join(v if isinstance(v, str) else f"{column} {v:.3g}" for column, v in row)
 
 
