@@ -1,4 +1,5 @@
 """Shared by the tests: run a script as a user does, and draw tiny raw data sets."""
+import io
 import json
 import multiprocessing
 import os
@@ -47,7 +48,7 @@ def as_main(script, args, cwd, out, megabytes):
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-class Command:
+class start:
     """A script that runs, on one thread; like subprocess.Popen."""
 
     def __init__(self, script, *args, cwd, megabytes=None):
@@ -63,9 +64,6 @@ class Command:
         file = Path(self.folder.name) / name
         return file.read_text(encoding="utf-8") if file.exists() else ""
 
-    def poll(self):
-        return self.process.exitcode
-
     def wait(self, timeout=300):
         """Its exit status: that of the script, or minus the signal that killed it."""
         self.process.join(timeout)
@@ -74,11 +72,8 @@ class Command:
 
     def wait_for(self, condition):
         """Wait until condition() or its end."""
-        while self.poll() is None and not condition():
+        while self.process.exitcode is None and not condition():
             time.sleep(0.002)
-
-
-start = Command
 
 
 def call(script, *args, cwd, status=0, megabytes=None):
@@ -102,6 +97,17 @@ def call_all(*commands, cwd):
         return list(pool.map(lambda command: call(*command, cwd=cwd), commands))
 
 
+def run_here(monkeypatch, folder, script, flags, every):
+    """A script's main() in this process, its losses read every `every` steps, as on a GPU."""
+    from support import training
+    module = __import__(script)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, flags)])
+    monkeypatch.setattr(training, "stop_requests", list)       # leave pytest's signals alone
+    monkeypatch.setattr(training, "read_every", lambda device: every)
+    module.main()
+
+
 LABEL_IDS = [0, 1, 4, 7, 8, 11, 17, 18, 21, 23, 26, 33, 34]      # 18 and 34: no class of ours
 
 
@@ -120,6 +126,13 @@ def save(path, image):
     """Write a PIL image, or bytes, and make the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(image) if isinstance(image, bytes) else image.save(path)
+
+
+def encoded(image, kind, **options):
+    """The bytes of a file that holds an image."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
 def fill(folder, count, size=(48, 64)):
@@ -151,11 +164,14 @@ def save_pair(folder, name, rgb, label=None):
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(request, monkeypatch):
-    """What runs in this process finds no GPU either, but in test_gpu.py."""
+    """What runs in this process finds no GPU either, but in test_gpu.py; and has the same weights
+    every time."""
     torch = sys.modules.get("torch")
     if torch and request.module.__name__ != "test_gpu":
         for backend in (torch.cuda, torch.backends.mps):
             monkeypatch.setattr(backend, "is_available", lambda: False)
+    if torch:
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

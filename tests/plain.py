@@ -9,6 +9,8 @@ x is synthetic, y real; R refines, D tells refined from real. Random draws, in t
 - U-Net: torch's generator gives the weights, each epoch the order of the images, and for each
   batch one number an image: below 1/2 it is mirrored, and its label with it.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -38,7 +40,7 @@ def judge(logits, truth):
 
 def optimiser(name, net, lr):
     if name == "adam":
-        return torch.optim.Adam(net.parameters(), lr, fused=True)
+        return torch.optim.Adam(net.parameters(), lr)
     return torch.optim.SGD(net.parameters(), lr, momentum={"momentum": 0.9, "sgd": 0}[name])
 
 
@@ -51,7 +53,7 @@ def descend(optimiser, loss):
 def pretrain(synthetic, real, seed=0, method="ours", layer="Conv2d_4a_3x3", steps=1200,
              d_steps=400, batch_size=16, lr=1e-4, d_lr=1e-3, optimizer="adam",
              d_optimizer="momentum", final_relu=False, d_stride=3):
-    """R learns to change nothing, D to tell x from y. Returns R, D and the log's two columns."""
+    """R learns to change nothing, D to tell x from y. Returns R, D and the log."""
     psi = load_inception("random", layer, real, seed) if method == "ours" else None
     torch.manual_seed(seed)
     R = Refiner().to(memory_format=LAYOUT)
@@ -65,12 +67,12 @@ def pretrain(synthetic, real, seed=0, method="ours", layer="Conv2d_4a_3x3", step
         if method == "ours":
             loss = (psi(refined) - psi(x)).square().mean()               # Eq 5
         descend(of_R, loss)
-        log.append([loss.item(), change.item()])
+        log.append([loss.item(), change.item(), math.nan])
     for _ in range(d_steps):
         x, y = draw(synthetic, batch_size, random), draw(real, batch_size, random)
         (loss_x, right_x), (loss_y, right_y) = judge(D(x), REFINED), judge(D(y), REAL)
         descend(of_D, loss_x + loss_y)                                   # Eq 1, mended
-        log.append([(loss_x + loss_y).item(), (right_x + right_y).item() / 2])
+        log.append([(loss_x + loss_y).item(), math.nan, (right_x + right_y).item() / 2])
     return R, D, log
 
 
@@ -140,11 +142,3 @@ def confusion(net, images, labels):
     for truth, guess in zip(labels[labels != 255].tolist(), predicted[labels != 255].tolist()):
         matrix[truth, guess] += 1
     return matrix.tolist()
-
-
-def fid(a, b):
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) of features [N, d]; S1 = A'A, S2 = B'B."""
-    gap = (a.mean(0) - b.mean(0)).square().sum()
-    a, b = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (a, b))
-    eigenvalues = torch.linalg.eigvals(a @ b.T @ b @ a.T).real           # those of S1 S2 but 0
-    return gap + a.square().sum() + b.square().sum() - 2 * eigenvalues.clamp(min=0).sqrt().sum()

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fill, save_pair
+from conftest import ROOT, fill, noise, save, save_pair
 
 from models import Refiner
 from support.cli import start
@@ -76,7 +76,6 @@ def test_documented_make_target_exists_and_overwrites_nothing(command):
 BOTH = "prepare.py --synthetic ok --real ok --crop none --size 24 48 --test 2"
 # script and arguments -> words of the last line on stderr.
 MISTAKES = [
-    ("pretrain.py --data nowhere", "nowhere/synthetic/train/images prepare.py"),
     ("prepare.py --demo --size 24 4097 --limit 1 --test 1", "--size 4096"),
     ("prepare.py --synthetic ok --real empty --test 1", "empty: no images"),
     ("prepare.py --synthetic broken.pt --real ok --test 1", "broken.pt: folder"),
@@ -84,16 +83,17 @@ MISTAKES = [
     ("prepare.py --gta5 ok --cityscapes ok", "ok: images/"),
     ("prepare.py --synthetic ok --cityscapes ok --test 1", "ok: leftImg8bit/train/"),
     ("prepare.py --synthetic ok ok ok --real ok", "--synthetic IMAGES [LABELS]"),
+    ("prepare.py --synthetic twice --real ok --test 1", "twice/00.png twice/00.jpg become rename"),
+    ("prepare.py --synthetic cs --real ok --test 1", "cs: cs/gtFine; give cs/leftImg8bit"),
+    ("prepare.py --synthetic mixed --real ok --test 1", "mixed/00_gtFine_color.png: label"),
     (f"{BOTH} --test 4", "--test 4 frames"),
     (f"{BOTH} --test 0", "--test above 0"),
     (f"{BOTH} --limit -3", "--limit -3"),
     (f"{BOTH} --size 10 48", "--size 24 x"),
     (f"{BOTH} --crop 1 2 3", "--crop four numbers"),
-    (f"{BOTH} --crop 0 0 0 9", "--crop four numbers"),
-    (f"{BOTH} --crop 0 0 9 0", "--crop four numbers"),
+    (f"{BOTH} --crop 1 1 0 9", "--crop four numbers"),
+    (f"{BOTH} --crop 1 1 9 0", "--crop four numbers"),
     (f"{BOTH} --crop 0 0 -5 10", "--crop"),
-    (f"{BOTH} --seed -1", "--seed"),
-    (f"{BOTH} --out broken.pt", "broken.pt"),
     (f"{BOTH} --label-ids colours", "--label-ids colours"),
     (f"{BOTH} --classes no.txt --label-ids trainIds", "--classes goes with"),
     ("prepare.py", "nothing synthetic domain: --gta5 --demo"),
@@ -126,17 +126,19 @@ MISTAKES = [
     ("train_gan.py --steps many", "--steps positive int"),
     ("train_gan.py --seed 9223372036854775808", "--seed 2**63"),
     ("pretrain.py --device cuda:x", "--device"),
+    ("pretrain.py --device xpu", "--device xpu:"),
+    ("pretrain.py --device cuda:99", "--device cuda:99:"),
+    ("pretrain.py --device meta", "--device meta: (no network runs"),
     ("refine.py --checkpoint old.pt --data good/real --out new", "old.pt refiner train"),
     ("refine.py --checkpoint pretrain.pt --data nowhere --out new", "nowhere prepare.py"),
     ("refine.py --checkpoint pretrain.pt --data empty --out empty", "--out empty lies in --data"),
     ("refine.py --images ok", "--images --out"),
     ("refine.py --checkpoint segment.pt --out new", "segment.pt: average, segment; train_gan.py"),
-    ("refine.py --checkpoint good --out new", "good checkpoint"),
     ("refine.py --batch-size -1", "--batch-size above 0"),
     ("pretrain.py --data good --inception nowhere.pt", "--inception nowhere.pt"),
     ("pretrain.py --d-lr nan", "--d-lr above 0"),
     ("pretrain.py --d-optimizer rmsprop", "--d-optimizer"),
-    ("pretrain.py --data sizes", "sizes 24 48 32 64"),
+    ("pretrain.py --data floor", "floor/real/train: floor/synthetic/train 24 48 32 64"),
     ("pretrain.py --data tested", "tested/real/test 24 48 32 64"),
     ("evaluate.py --data good --n 2 --inception random", "--n 2 least"),
     ("evaluate.py --data good --n 9 --inception random", "--n 9 has 5"),
@@ -151,12 +153,18 @@ MISTAKES = [
     ("segment.py --data bare", "bare/real/test: has no labels;"),
     ("segment.py --data values", "values/real/test/labels: values 18 255"),
     ("segment.py --data shapes", "shapes/real/test/labels: images' size"),
-    ("segment.py --data sizes", "sizes 24 48 32 64"),
+    ("segment.py --data floor", "floor/real/train: 24 48 32 64"),
     ("segment.py --data tested", "tested/real/test 24 48 32 64"),
     ("segment.py --data good --seeds -1", "--seeds"),
     ("segment.py --epochs 0", "--epochs above 0"),
     ("segment.py --lr inf", "--lr above 0"),
     ("segment.py --data good --backbone-weights none.pt", "--backbone-weights none.pt"),
+    ("study.run tiny", "--prepare"),
+    ("study.run x --prepare y --data z", "one of the two"),
+    ("study.run tiny --data no", "no/synthetic"),
+    ("study.report no --results .", "no.json"),
+    ("study.bench --only speed", "invalid choice: 'speed'"),
+    ("study.colour --data no", "no/synthetic"),
 ]
 
 
@@ -186,22 +194,19 @@ def empty(tmp_path_factory):
                 save_pair(cwd / folder / split, i, np.zeros((*size, 3), np.uint8),
                           np.zeros(size, np.uint8))
     for source, target in (("good/real", "good/synthetic"), ("good/real", "single/synthetic"),
-                           ("single/real", "single/ours"), ("good", "bare"),
-                           ("low/real", "low/synthetic")):
-        shutil.copytree(cwd / source, cwd / target)
+                           ("single/real", "single/ours"), ("low/real", "low/synthetic"),
+                           *[("good", c) for c in ("bare", "floor", "tested", "values", "shapes")],
+                           ("sizes/synthetic/train", "floor/real/train"),
+                           ("sizes/synthetic/test", "tested/real/test")):
+        shutil.copytree(cwd / source, cwd / target, dirs_exist_ok=True)
     shutil.rmtree(cwd / "bare/real/test/labels")
     for folder, size, value in (("values", (24, 48), 19), ("shapes", (12, 48), 0)):
-        shutil.copytree(cwd / "good", cwd / folder)
         for i in range(5):
             save_pair(cwd / folder / "real/test", i, np.zeros((24, 48, 3), np.uint8),
                       np.full(size, value, np.uint8))
-    shutil.copytree(cwd / "good", cwd / "floor")
-    shutil.rmtree(cwd / "floor/real/train")
-    shutil.copytree(cwd / "sizes/synthetic/train", cwd / "floor/real/train")
-    shutil.copytree(cwd / "good/real", cwd / "tested/synthetic")
-    shutil.copytree(cwd / "good/real/train", cwd / "tested/real/train")
-    shutil.copytree(cwd / "sizes/synthetic/test", cwd / "tested/real/test")
-    fill(cwd / "ok", 4)
+    for folder in ("ok", "twice", "mixed", "cs/leftImg8bit/ulm", "cs/gtFine/ulm"):
+        fill(cwd / folder, 4)
+    save(cwd / "twice/00.jpg", noise(0)), save(cwd / "mixed/00_gtFine_color.png", noise(0))
     (cwd / "good/synthetic/refine.json").write_text('{"finished": true}')
     (cwd / "empty").mkdir()
     return cwd

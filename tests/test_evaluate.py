@@ -8,7 +8,7 @@ import torch
 from conftest import call, save_pair
 
 import evaluate
-from evaluate import difference, measure, plus_minus, tables, weights_of, with_error
+from evaluate import difference, measure, plus_minus, weights_of, with_error
 from models import jackknife_error, kid, leave_out, ssim
 from prepare import load_images
 
@@ -79,34 +79,17 @@ def test_a_difference_inside_its_error_is_marked():
 # ------------------------------------------------------------------ the command and its files
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """data/ with 5 images of synthetic, simgan, ours (11 x 20) and 4 of real: no labels."""
-    cwd = tmp_path_factory.mktemp("evaluate")
+def test_table2_says_everything(tmp_path):
+    """N, intervals, floor, control, paired differences, marks, the warning; weights and images by
+    hash, resize, pairing, data, command, versions. 5 images a domain, 4 real ones, no labels."""
     g = np.random.default_rng(0)
-    scene = g.integers(0, 256, (5, 11, 20, 3))
-    for domain, mix in (("synthetic", 1.0), ("simgan", 0.8), ("ours", 0.7)):
-        draw(cwd / "data" / domain / "test", scene * mix + 30)
-    for split in ("train", "test"):
-        draw(cwd / "data/real" / split, g.integers(0, 200, (4, 11, 20, 3)))
-    return cwd
-
-
-def draw(path, images):
-    for i, image in enumerate(images.clip(0, 255).astype(np.uint8)):
-        save_pair(path, i, image)
-
-
-@pytest.fixture(scope="module")
-def printed(folder):
-    """What the command printed and its record."""
-    out, _ = call("evaluate.py", "--inception", "random", cwd=folder)
-    return out, json.loads((folder / "results/table2.json").read_text())
-
-
-def test_the_report_shows_everything(printed, folder):
-    """N, intervals, the floor, the control, paired differences, marks, the warning."""
-    out, record = printed
+    for domain, count in (("synthetic", 5), ("simgan", 5), ("ours", 5), ("real", 4)):
+        for split in ("train", "test"):
+            for i in range(count):
+                save_pair(tmp_path / "data" / domain / split, i,
+                          g.integers(0, 200, (11, 20, 3), np.uint8))
+    out, _ = call("evaluate.py", "--inception", "random", cwd=tmp_path)
+    record = json.loads((tmp_path / "results/table2.json").read_text())
     rows = ["synthetic", "simgan", "ours", evaluate.FLOOR, evaluate.CONTROL]
     assert list(record["rows"]) == rows
     for name in rows[:4]:
@@ -114,15 +97,15 @@ def test_the_report_shows_everything(printed, folder):
     assert list(record["rows"][evaluate.CONTROL]["scores"]) == ["ssim", "ssim_range1"]
     assert list(record["differences"]) == [f"{r} - synthetic" for r in rows[1:]] + [
         "ours - simgan"]
-    text = (folder / "results/table2.md").read_text()
-    assert text in out and text == tables(record)
+    text = (tmp_path / "results/table2.md").read_text()
+    assert text in out
     assert "warning: N = 4 is small for FID" in out
     for words in ("| images vs real | random features, not an FID | KID x 1000 | SSIM (L = 255) | "
                   "SSIM (L = 1) |", "60.82", "± ", "N = 4",
                   f"| {evaluate.CONTROL} | - | - |"):
         assert words in text
     assert "missing: data/pretrained/" in out and "missing: data/ours/" not in out
-    real = load_images(folder / "data/real/test")
+    real = load_images(tmp_path / "data/real/test")
     flat = real.double().mean((0, 2, 3)).round()[:, None, None].expand(real.shape)
     assert record["rows"][evaluate.CONTROL]["scores"]["ssim"]["value"] == pytest.approx(
         ssim(flat, real.double()).mean().item(), rel=1e-4)
@@ -135,11 +118,6 @@ def test_the_report_shows_everything(printed, folder):
                       ("fid", 1, 2), ("kid", 1000, 2), ("ssim", 1, 4), ("ssim_range1", 1, 4))]
         found = [cell.strip("() ") for cell in line.strip("| ").split(" | ")]
         assert found[-6:-2] == wanted or found[-4:] == wanted, line
-
-
-def test_every_score_can_be_traced(printed):
-    """Weights by name and hash, images by hash, resize, pairing, data, command, versions."""
-    _, record = printed
     assert record["command"] == "evaluate.py --inception random"
     assert record["settings"]["data"] == "data" and record["settings"]["inception"] == "random"
     assert record["settings"]["pair_seed"] == 0 and record["n"] == 4

@@ -10,7 +10,6 @@ import prepare
 from prepare import read_record
 from support import cli
 from support.cli import UserError, lock, whole
-from support.training import load_checkpoint
 
 GAN = ["--batch-size", 4, "--sample-every", 2, "--save-every", 2]
 
@@ -22,15 +21,11 @@ def test_a_full_disk_keeps_what_was_saved(fresh):
     """The save of a run fails: one line, status 2, the old files whole, no rest of a broken one."""
     call("train_gan.py", "--steps", 4, *GAN, cwd=fresh)
     run = fresh / "runs/ours"
-    before = {p.name: p.read_bytes() for p in run.iterdir() if p.suffix == ".pt"}
+    before = {p: p.read_bytes() for p in run.glob("*.pt*")}
     _, err = call("train_gan.py", "--steps", 4, *GAN, "--overwrite", cwd=fresh, status=2,
                   megabytes=0.5)
     assert "average.pt: cannot be written, is the disk full?" in err
-    assert not list(run.glob("*.tmp"))
-    assert set(before) == {"pretrain.pt", "gan.pt", "average.pt", "last.pt"}
-    for name, content in before.items():
-        assert (run / name).read_bytes() == content
-    assert load_checkpoint(run / "last.pt", ["gan"], "")["step"] == 4
+    assert {p: p.read_bytes() for p in run.glob("*.pt*")} == before and len(before) == 4
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
@@ -71,7 +66,8 @@ class InductorError(RuntimeError):
 
 @pytest.mark.parametrize("error, words", [
     (MemoryError(), ["--batch-size", "--size"]),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), ["--batch-size"]),
+    (torch.OutOfMemoryError("Tried to allocate 2.00 GiB"), ["--batch-size"]),
+    (RuntimeError("MPS backend out of memory"), ["--batch-size"]),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
      ["--batch-size"]), (InductorError("No C++ compiler"), ["--compile does not work here"]),
     (ZeroDivisionError("a mistake of ours keeps its traceback"), None)])

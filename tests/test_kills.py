@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call, content, noise, start
+from conftest import ROOT, call, content, noise, run_here, start
 
 import prepare
 import train_gan
@@ -61,44 +61,28 @@ def same_runs(one, other):
     return True
 
 
-def kill_and_resume(command, checkpoint, moments, cwd):
-    """SIGKILL a training once per moment (seconds after its first line; None: while a checkpoint
-    is half-written), each time going on with --resume if there is anything to resume; then let
-    it end. Returns how many kills met a running process, and how many of those left a half-
-    written file behind."""
-    met = halves = 0
-    half = checkpoint.with_name(checkpoint.name + ".tmp")
-    for moment in moments:
-        process = start(*command, *["--resume"] * checkpoint.exists(), cwd=cwd)
-        process.wait_for(lambda: process.read("stderr"))
-        if moment is None:
-            process.wait_for(half.exists)
-        else:
-            time.sleep(moment)
-        process.kill()
-        met += process.wait() == -signal.SIGKILL
-        halves += half.exists()
-        if checkpoint.exists():                           # what lies there is whole, always
-            torch.load(checkpoint, weights_only=True)
-    call(*command, *["--resume"] * checkpoint.exists(), cwd=cwd)
-    return met, halves
-
-
 @pytest.mark.parametrize("script, flags, made", [
     ("train_gan.py", GAN, ["last.pt", "curves.png", "samples/step_000010.png"]),
     ("pretrain.py", PRETRAIN, ["pretrain.pt", "pretrain.png"])])
 def test_a_training_killed_at_random_moments_equals_one_that_was_not(fresh, script, flags, made):
-    """SIGKILL, five times, twice of them during a save: weights, optimisers, history, random
-    state, log, samples and the best step are the same."""
+    """SIGKILL, five times, twice of them while a checkpoint is half-written: weights, optimisers,
+    history, random state, log, samples and the best step are the same."""
     whole, parts = fresh / "runs/whole", fresh / "runs/parts"
     if script == "train_gan.py":
         for run in (whole, parts):
             run.mkdir()
             shutil.copy(fresh / "runs/ours/pretrain.pt", run)
     undisturbed = start(script, *flags, "--run", whole, cwd=fresh)     # at the same time
-    moments = [random.Random(3).uniform(0, 1) for _ in range(3)]
-    met, halves = kill_and_resume([script, *flags, "--run", parts], parts / made[0],
-                                  [None, *moments, None], fresh)
+    command, last = [script, *flags, "--run", parts], parts / made[0]
+    half, met, halves = last.with_name(last.name + ".tmp"), 0, 0
+    for moment in (None, 0.05, 0.24, 0.13, None):              # seconds after its first line
+        process = start(*command, *["--resume"] * last.exists(), cwd=fresh)
+        process.wait_for(lambda: process.read("stderr"))
+        process.wait_for(half.exists) if moment is None else time.sleep(moment)
+        process.kill()
+        met += process.wait() == -signal.SIGKILL
+        halves += half.exists()
+    call(*command, *["--resume"] * last.exists(), cwd=fresh)
     assert met >= 3 and halves >= 1
     assert undisturbed.wait() == 0 and same_runs(whole, parts)
     assert all((whole / name).is_file() for name in made)
@@ -156,24 +140,6 @@ def test_refine_killed_before_its_first_file_runs_again(fresh):
         (fresh / "new" / name).write_text("{")
     call("refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "new", cwd=fresh)
     assert not (fresh / "new/refine.json.tmp").exists()
-    (fresh / "mine").mkdir()
-    (fresh / "mine/refine.txt").write_text("a file of the user's")
-    call("refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "mine", cwd=fresh, status=2)
-
-
-def test_segment_killed_between_two_networks_goes_on(fresh):
-    flags = ["segment.py", "--network", "unet", "--epochs", 2, "--batch-size", 4, "--out"]
-    undisturbed = start(*flags, "whole", cwd=fresh)
-    process = start(*flags, "parts", cwd=fresh)
-    process.wait_for((fresh / "parts/weights/unet_synthetic_seed0.pt").exists)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL and undisturbed.wait() == 0
-    assert process.read("stdout").startswith("segment.py: cpu (1 threads), torch ")   # said at once
-    out, _ = call(*flags, "parts", cwd=fresh)
-    assert "unet_synthetic_seed0.pt: trained before" in out
-    a, b = content(fresh / "whole"), content(fresh / "parts")
-    for name in ("segment_unet.md", "table7.png"):
-        assert a[name] == b[name]
 
 
 def test_sigterm_saves_and_a_second_signal_stops_at_once(fresh):
@@ -195,6 +161,7 @@ def test_sigterm_saves_and_a_second_signal_stops_at_once(fresh):
         process.terminate()
         process.wait_for(lambda: "once more stops at once" in process.read("stderr"))
     assert process.wait(1) == -signal.SIGTERM
+    assert process.read("stdout").startswith("pretrain.py: cpu (1 threads), torch ")     # at once
     assert not (fresh / "runs/twice/pretrain.pt").exists()
 
 
@@ -293,16 +260,6 @@ def test_resume_refuses_another_pre_training_and_other_images(fresh, monkeypatch
 
 
 # ------------------------------------------------------------------- losses that are no numbers
-
-
-def run_here(monkeypatch, folder, script, flags, every):
-    """A script's main() in this process, its losses read every `every` steps, as on a GPU."""
-    module = __import__(script)
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, flags)])
-    monkeypatch.setattr(training, "stop_requests", list)       # leave pytest's signals alone
-    monkeypatch.setattr(training, "read_every", lambda device: every)
-    module.main()
 
 
 def test_a_finished_run_goes_further_as_if_it_had_been_asked_for(fresh, monkeypatch, capsys):

@@ -5,36 +5,21 @@ import numpy as np
 import pytest
 import torch
 
-from models import fid, kid, leave_out, ssim, trace_sqrt_eigen, trace_sqrt_nuclear
+from models import fid, kid, leave_out, ssim
 from segment import confusion, scores, train
-from study.bench import sqrtm_fid
+from study.bench import direct_ssim, sqrtm_fid
 from support.cli import UserError
-from support.training import to_float
 
 # ------------------------------------------------------------------------------------- SSIM
 
 
-def golden_pair(name):
-    """An image pair [1, 3, 80, 160] that anybody can draw again."""
+def test_ssim_equals_tensorflow():
+    """tf.image.ssim(uint8, max_val=255) of TensorFlow 2.21; to the last digit: the test below."""
     y, x, c = np.mgrid[:80, :160, :3]
-    a, b = (3 * y + x + 40 * c) % 256, (2 * y + 2 * x + 25 * c) % 256
-    if name == "noise":
-        a, b = np.random.RandomState(0).randint(0, 256, (2, 80, 160, 3))
-    if name == "flat":
-        a, b = np.full_like(a, 100), np.full_like(a, 150)
-    return (torch.from_numpy(image.astype(np.uint8)).permute(2, 0, 1)[None] for image in (a, b))
-
-
-# tf.image.ssim(uint8, max_val=255) of TensorFlow 2.21; the tolerance to it (its float32 loses
-# digits on flat windows); the exact value in float64.
-@pytest.mark.parametrize("pair, tensorflow, tolerance, exact", [
-    ("noise", -0.000057, 5e-5, -0.000056), ("ramps", 0.638190, 5e-5, 0.638190),
-    ("flat", 0.922935, 2e-4, 0.923092)])
-def test_ssim_equals_tensorflow_and_the_exact_value(pair, tensorflow, tolerance, exact):
-    """Wang et al. 2004 as tf.image.ssim computes it; 1e-6 is the last digit of the table."""
-    x, y = golden_pair(pair)
-    assert ssim(x, y).item() == pytest.approx(tensorflow, abs=tolerance)
-    assert ssim(x.double(), y.double()).item() == pytest.approx(exact, abs=1e-6)
+    ramps = 3 * y + x + 40 * c, 2 * y + 2 * x + 25 * c
+    a, b = (torch.from_numpy((image % 256).astype(np.uint8)).permute(2, 0, 1)[None]
+            for image in ramps)
+    assert ssim(a, b).item() == pytest.approx(0.638190, abs=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(11, 11), (11, 40), (12, 11), (37, 23), (24, 48)])
@@ -59,15 +44,14 @@ def test_ssim_equals_the_definition_window_by_window(shape):
     wanted = torch.stack(values).mean((0, 2, 3, 4))
     for found in (ssim(x, y), ssim(x / 255, y / 255, 1)):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+    torch.testing.assert_close(direct_ssim(x.float(), y.float()), wanted.float(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape_x, shape_y", [
-    ((1, 3, 10, 40), (1, 3, 10, 40)), ((1, 3, 40, 10), (1, 3, 40, 10)),
-    ((1, 3, 40, 40), (1, 3, 40, 41)), ((1, 3, 40, 40), (2, 3, 40, 40))])
-def test_ssim_refuses_what_it_cannot_compare(shape_x, shape_y):
+@pytest.mark.parametrize("shape", [(1, 3, 10, 40), (1, 3, 40, 10), (2, 3, 40, 40)])
+def test_ssim_refuses_what_it_cannot_compare(shape):
     """No 11 x 11 window lies inside, or the shapes differ (and must not broadcast)."""
     with pytest.raises(ValueError):
-        ssim(torch.zeros(shape_x), torch.zeros(shape_y))
+        ssim(torch.zeros(shape), torch.zeros(1, *shape[1:]))
 
 
 # -------------------------------------------------------------------------------------- FID
@@ -82,33 +66,25 @@ def random_features(n, d, seed):
 
 @pytest.mark.parametrize("n1, n2", [(40, 40), (40, 71), (2049, 60), (2100, 2300)])
 def test_fid_equals_the_formula_with_sqrtm(n1, n2):
-    """|m1-m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)), S with N - 1, as every FID package has it."""
+    """|m1-m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)), S with N - 1, as every FID package has it; where S1
+    and S2 are singular, too."""
     a, b = random_features(n1, 6, 0), random_features(n2, 6, 1)
     wanted = sqrtm_fid(a, b)
     assert fid(a, b) == pytest.approx(wanted, rel=1e-8)
-    assert fid(b, a) == pytest.approx(wanted, rel=1e-8)                     # symmetric
+    q = torch.linalg.qr(random_features(54, 6, 2)).Q.T         # the same, turned into 54 dimensions
+    assert fid(a @ q, b @ q) == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize("n1, n2, d", [(30, 30, 6), (30, 50, 64), (200, 120, 512)])
-def test_the_two_forms_of_the_trace_agree(n1, n2, d):
-    """Of the very same features; in the last two both covariances are singular."""
-    a, b = (random_features(n, d, n) for n in (n1, n2))
-    a, b = a - a.mean(0), b - b.mean(0)
-    assert trace_sqrt_nuclear(a, b).item() == pytest.approx(trace_sqrt_eigen(a, b).item(),
-                                                            rel=1e-6)
-
-
-def test_fid_computes_in_float64():
-    """float32 features far from 0 (as pool3's are not negative): the covariance must not be
-    lost in rounding. Shifting both sets by one number changes nothing."""
-    a, b = random_features(50, 4, 0), random_features(60, 4, 1)
-    shifted = fid((a + 1000).float(), (b + 1000).float())
-    assert shifted == pytest.approx(fid(a, b), rel=1e-4)
+@pytest.mark.parametrize("metric", [fid, kid])
+def test_fid_and_kid_compute_in_float64(metric):
+    """float32 features far from 0, as pool3's are: nothing may be lost in rounding."""
+    a, b = ((random_features(n, 4, n) + 1000).float() for n in (50, 60))
+    assert metric(a, b) == pytest.approx(metric(a.double(), b.double()), rel=1e-9)
 
 
 @pytest.mark.parametrize("metric", [fid, kid])
 @pytest.mark.parametrize("shape_a, shape_b", [
-    ((1, 4), (9, 4)), ((9, 4), (9, 5)), ((9,), (9,)), ((9, 4), (9,))])
+    ((1, 4), (9, 4)), ((9, 4), (1, 4)), ((9, 4), (9, 5)), ((9,), (9,)), ((9, 4), (9,))])
 def test_fid_and_kid_refuse_what_has_no_covariance(metric, shape_a, shape_b):
     """One image, unequal dimensions, no dimension."""
     with pytest.raises(ValueError, match="features"):
@@ -138,7 +114,6 @@ def test_kid_equals_the_direct_sum():
     between = sum(k(x, y) for x in a for y in b) / (5 * 7)
     wanted = (within_a + within_b - 2 * between).item()
     assert kid(a, b) == pytest.approx(wanted, rel=1e-10)
-    assert kid(b, a) == pytest.approx(wanted, rel=1e-10)                    # symmetric
 
 
 # -------------------------------------------------------------------------------- jackknife
@@ -178,7 +153,6 @@ def test_an_all_void_batch_harms_nothing():
     for void, changed in ((slice(None), False), (slice(0, 2), True)):
         labels = torch.full((4, 32, 40), 3, dtype=torch.uint8)
         labels[void] = 255
-        torch.manual_seed(0)
         net = torch.nn.Conv2d(3, 19, 1)
         net.register_forward_hook(lambda *seen: dtypes.add(seen[-1].dtype))
         before = net.weight.detach().clone()
@@ -188,17 +162,3 @@ def test_an_all_void_batch_harms_nothing():
     args.lr, args.precision = torch.inf, "float32"
     with pytest.raises(UserError, match="a test: the loss is nan; try a smaller --lr"):
         train(net, images, labels, args, torch.device("cpu"), "a test")
-
-
-def test_image_and_label_are_mirrored_together():
-    """Red is class 0 and always on the left, blue is class 1: a network that sees one pixel would
-    find both classes as likely, if only one of the two were mirrored."""
-    images, labels = torch.zeros(8, 3, 16, 32, dtype=torch.uint8), torch.zeros(8, 16, 32).byte()
-    images[:, 0, :, :16] = images[:, 2, :, 16:] = 255
-    labels[:, :, 16:] = 1
-    args = argparse.Namespace(batch_size=4, lr=0.1, epochs=20, precision="float32")
-    torch.manual_seed(0)
-    net = torch.nn.Conv2d(3, 19, 1)
-    train(net, images, labels, args, torch.device("cpu"), "a test")
-    likely = net(to_float(images)).softmax(1).gather(1, labels[:, None].long())
-    assert likely.min() > 0.9

@@ -1,11 +1,10 @@
 """prepare.py: class table, crop, tiny folders in every format it reads, and what it refuses."""
-import io
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import blocks, call, content, fill, noise, record, save, save_pair
+from conftest import blocks, call, content, encoded, fill, noise, record, save
 from PIL import Image
 from torchvision.datasets import Cityscapes
 
@@ -78,14 +77,9 @@ def prepared(raw, tmp_path_factory):
 def test_official_folders_counts(prepared):
     """12 synthetic frames, 4 of them bad: 8 pairs; all 9 of train/ and 3 of val/."""
     count = record(prepared)["counts"]
-    assert record(prepared)["finished"] is True
     assert count["synthetic/train"] + count["synthetic/test"] == 8
     assert (count["real/train"], count["real/test"]) == (9, 3)
     assert record(prepared)["not_asked"] == 1                            # the fourth of val/
-    for split, n in count.items():
-        assert len(list((prepared / split / "images").iterdir())) == n
-        assert names(prepared / split) == [p.stem for p in
-                                           sorted((prepared / split / "labels").iterdir())]
 
 
 @pytest.mark.parametrize("domain", ["synthetic", "real"])
@@ -115,8 +109,6 @@ def test_a_pair_is_shrunk_and_its_label_are_train_ids_of_the_nearest_pixel(raw, 
 def test_running_again_gives_the_same_bytes(raw, prepared):
     """Also after files were lost: all is a function of the raw frames and the settings."""
     before = content(prepared)
-    good(*official(raw, prepared))
-    assert content(prepared) == before
     (prepared / "real" / "train" / "images" / "aachen_000002_000019.png").unlink()
     for path in (prepared / "synthetic" / "test" / "labels").iterdir():
         path.unlink()
@@ -135,7 +127,6 @@ def test_other_settings_need_another_folder(raw, prepared, tmp_path):
         assert "was not made by prepare.py" in error_line(*official(raw, tmp_path / folder))
     before = content(prepared)
     assert "size" in error_line(*official(raw, prepared), "--size", 32, 64)
-    assert "test" in error_line(*official(raw, prepared), "--test", 2)
     assert content(prepared) == before
 
 
@@ -167,22 +158,9 @@ def test_strict_stops_at_the_first_bad_frame(raw, tmp_path):
 # ------------------------------------------------------------------------- generic folders
 
 
-def test_two_files_of_one_name_are_refused(tmp_path):
-    """a.png and a.jpg would both become a.png, one over the other; a/b.png and a_b.png too."""
-    raw = fill(tmp_path / "raw", 4)
-    shutil.copy(raw / "00.png", raw / "00.jpg")
-    args = ["--synthetic", raw, "--real", raw, "--out", tmp_path / "out", *SMALL]
-    line = error_line(*args)
-    assert "00.png" in line and "00.jpg" in line
-    (raw / "00.jpg").unlink()
-    shutil.copy(raw / "00.png", raw / "x_00.png")
-    fill(raw / "x", 1)
-    assert "x_00.png" in error_line(*args)
-
-
 def test_frames_that_the_crop_does_not_fit(tmp_path):
-    """They are skipped with the reason. Own images are cropped only if it is asked for."""
-    raw, out = fill(tmp_path / "raw", 4), tmp_path / "out"
+    """They are skipped with the reason."""
+    raw = fill(tmp_path / "raw", 4)
     noise(8, (46, 64)).save(raw / "low.png"), noise(9, (48, 62)).save(raw / "narrow.png")
     args = ["--synthetic", raw, "--real", raw, "--size", 24, 48, "--test", 1, "--out"]
     good(*args, tmp_path / "some", "--crop", 18, 14, 30, 50)             # exactly that of the rest
@@ -190,8 +168,6 @@ def test_frames_that_the_crop_does_not_fit(tmp_path):
     assert len(skipped) == 4                                             # once per domain
     assert all("--crop 18 14 30 50" in s for s in skipped)
     assert sum("low.png" in s and "64x46" in s for s in skipped) == 2
-    good(*args, out)                                                     # own images: uncropped
-    assert not record(out)["skipped"]
 
 
 @pytest.mark.parametrize("given, own", [("gta5", "real"), ("cityscapes", "synthetic")])
@@ -200,7 +176,9 @@ def test_official_data_has_the_papers_crop(raw, tmp_path, given, own):
     folder = raw / {"gta5": "gtav"}.get(given, given)
     command = [f"--{given}", folder, f"--{own}", fill(tmp_path / "raw", 4), "--size", 24, 48,
                "--test", 1, "--out", tmp_path / "out"]
-    line = error_line(*command)
+    out, err = call("prepare.py", *command, cwd="/", status=2)
+    line = err.splitlines()[-1]
+    assert "none of the first 1 frames can be used, the last: --crop 200 600 400" in out
     assert "were skipped" in line and "--crop 200 600 400 600 does not fit" in line
     assert "try --crop none" in line
     good(*command, "--crop", "none")
@@ -213,16 +191,15 @@ def test_the_demo_has_two_looks(tmp_path):
     """No data, no network: no scene twice, only known classes, others for another seed. That the
     bytes are the same in any folder: test_kills.py."""
     good("--demo", "--limit", 4, "--test", 2, "--size", 40, 80, "--out", tmp_path / "a")
-    assert set(record(tmp_path / "a")["counts"].values()) == {2, 4}
-    images = torch.cat([load_images(tmp_path / "a" / d / s)
-                        for d in ("synthetic", "real") for s in ("train", "test")])
-    labels = torch.cat([load_labels(tmp_path / "a" / d / s)
-                        for d in ("synthetic", "real") for s in ("train", "test")])
+    assert [*record(tmp_path / "a")["counts"].values()] == [4, 2, 4, 2]
+    folders = [tmp_path / "a" / d / s for d in ("synthetic", "real") for s in ("train", "test")]
+    images, labels = (torch.cat([*map(load, folders)]) for load in (load_images, load_labels))
     assert images.shape == (12, 3, 40, 80) and labels.shape == (12, 40, 80)
     assert len({image.numpy().tobytes() for image in images}) == 12
     assert len({label.numpy().tobytes() for label in labels}) == 12
-    sky = images[:6].movedim(1, -1)[labels[:6] == 10].double().mean(0)    # of the game: blue
-    assert sky[2] - sky[0] > 100
+    for half, blue in ((slice(6), True), (slice(6, 12), False)):
+        sky = images[half].movedim(1, -1)[labels[half] == 10].double().mean(0)
+        assert (sky[2] - sky[0] > 100) == blue
     assert set(labels.unique().tolist()) <= {*range(19), IGNORE} and len(labels.unique()) > 8
     good("--demo", "--limit", 4, "--test", 2, "--size", 40, 80, "--out", tmp_path / "c",
          "--seed", 1)
@@ -232,13 +209,6 @@ def test_the_demo_has_two_looks(tmp_path):
 # ------------------------------------------------------------------------------ what it refuses
 
 
-def encoded(image, kind, **options):
-    """The bytes of a file that holds an image."""
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 PHOTO, LABEL = noise(0), Image.new("L", (64, 48), 7)
 HOLED, DEEP, TURNED = PHOTO.convert("RGBA"), Image.new("I;16", (64, 48), 3000), Image.Exif()
 HOLED.putpixel((3, 3), (0, 0, 0, 0))
@@ -246,19 +216,14 @@ TURNED[0x0112] = 6
 # The table of bad (and good) input. File name of the image: image, label (as bytes or PIL), and
 # words of the reason for which the pair is skipped; none for a pair that must be taken.
 FRAMES = {
-    "fine.png": (PHOTO, LABEL, ""),
     "grey.png": (PHOTO.convert("L"), LABEL, ""),
     "black and white.png": (PHOTO.convert("1"), LABEL, ""),
     "palette.png": (PHOTO.convert("P"), LABEL, ""),
     "opaque.png": (PHOTO.convert("RGBA"), LABEL, ""),
     "Łódź/новый кадр.v2.png": (PHOTO, LABEL, ""),
     "PHOTO Ä 東京.JPG": (PHOTO, LABEL, ""),
-    "PHOTO.JPEG": (PHOTO.convert("L"), LABEL, ""),
     "holed.png": (HOLED, LABEL, "transparent"),
     "deep.png": (DEEP, LABEL, "mode I 8-bit"),
-    "cmyk.jpg": (PHOTO.convert("CMYK"), LABEL, "CMYK RGB"),
-    "zero.png": (b"", LABEL, "cannot identify"),
-    "cut.png": (encoded(PHOTO, "PNG")[:3000], LABEL, "truncated"),
     "wide.png": (noise(0, (48, 80)), LABEL, "80x48 64x48"),
     "binary label.png": (PHOTO, LABEL.convert("1"), "label mode 1"),
     "two.gif": (encoded(noise(1), "GIF", save_all=True, append_images=[PHOTO]), LABEL,
@@ -266,10 +231,8 @@ FRAMES = {
     "turned.jpg": (encoded(PHOTO, "JPEG", exif=TURNED), LABEL, "EXIF"),
     "n" * 247 + ".png": (PHOTO, LABEL, ""),
     "n" * 248 + ".png": (PHOTO, LABEL, "name too long"),
-    "alpha label.png": (PHOTO, LABEL.convert("LA"), "label mode LA"),
     "deep label.png": (PHOTO, DEEP, "label ids 3000"),
     "unknown ids.png": (PHOTO, Image.new("L", (64, 48), 77), "label ids 77 are not labelIds"),
-    "no label.png": (PHOTO, None, "no label"),
     "alone.png": (None, LABEL, "label without an image"),
 }
 
@@ -285,7 +248,7 @@ def test_the_table_of_bad_input(tmp_path):
     save(fill(root / "real", 9) / "turned.jpg", encoded(noise(0, (64, 48)), "JPEG", exif=TURNED))
     before = content(root)
     text = good("--synthetic", root / "images", root / "labels", "--real", root / "real",
-                "--out", tmp_path / "out", "--label-ids", "labelIds", *SMALL[:-1], 8)
+                "--out", tmp_path / "out", "--label-ids", "labelIds", *SMALL[:-1], 6)
     assert content(root) == before                                # nothing of the user's changed
     made = {n for s in ("train", "test") for n in names(tmp_path / "out/synthetic" / s)}
     bad = {name.rpartition(".")[0]: words for name, (*_, words) in FRAMES.items() if words}
@@ -302,19 +265,14 @@ def test_the_table_of_bad_input(tmp_path):
 # --------------------------------------------------------------------- reading prepared folders
 
 
-def test_load_images_and_labels(tmp_path):
-    """[N, 3, H, W] and [N, H, W], uint8, in the order of the names; others import these."""
-    for i, name in enumerate(("b", "a", "c")):
-        save_pair(tmp_path, name, np.array(noise(i)), np.array(blocks(i, [0, 18, 255])))
-    images, labels = load_images(tmp_path), load_labels(tmp_path)
-    assert names(tmp_path) == ["a", "b", "c"]
-    assert images.shape == (3, 3, 48, 64) and labels.shape == (3, 48, 64)
-    assert images.dtype == labels.dtype == torch.uint8
-    for i, name in enumerate("abc"):
-        pixels = np.array(Image.open(tmp_path / "images" / f"{name}.png"))
-        assert np.array_equal(images[i].permute(1, 2, 0).numpy(), pixels)
-        ids = np.array(Image.open(tmp_path / "labels" / f"{name}.png"))
-        assert np.array_equal(labels[i].numpy(), ids)
+def test_load_images(tmp_path):
+    """uint8 [N, 3, H, W], in the order of the names; others import it. Labels: test_trust.py."""
+    for i, name in enumerate("bac"):
+        save(tmp_path / f"images/{name}.png", noise(i))
+    images = load_images(tmp_path)
+    assert names(tmp_path) == ["a", "b", "c"] and images.dtype == torch.uint8
+    wanted = np.stack([np.array(noise(i)) for i in (1, 0, 2)])
+    assert np.array_equal(images.permute(0, 2, 3, 1), wanted)
 
 
 @pytest.mark.parametrize("record", ["real/refine.json", "prepare.json"])
@@ -340,8 +298,8 @@ def test_load_images_names_the_bad_file(tmp_path, monkeypatch):
         load_labels(tmp_path)
     bad = tmp_path / "images/b.png"
     cut_off = (tmp_path / "images/00.png").read_bytes()[:3000]
-    for content in (noise(1, (40, 64)), noise(1).convert("L"), cut_off):
-        save(bad, content)
+    for bad_one in (noise(1, (40, 64)), noise(1).convert("L"), cut_off):
+        save(bad, bad_one)
         with pytest.raises(UserError, match="b.png"):
             load_images(tmp_path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
