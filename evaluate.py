@@ -151,7 +151,7 @@ def arguments():
 
 
 def find_domains(folder):
-    """The names of the domains below `folder` but real, in PAPER's order; says which are missing.
+    """The names of the domains below `folder` but real, PAPER's first; says which are missing.
     UserError if their rows could not be compared."""
     found = sorted(p.parent.name for p in folder.glob("*/test") if p.parent.name != "real")
     if not found:

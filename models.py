@@ -3,7 +3,7 @@
     Refiner, Discriminator      section 5.1 and Table 1
     load_inception              psi of the perceptual loss (Eq 5) and of FID: support/inception.py
     UNet, DeepLabV3Plus         section 5.3
-    fid, ssim (section 5.2), kid  written by hand: this is where to read them
+    fid, ssim, kid              section 5.2 (but kid), by hand: this is where to read them
     leave_out, jackknife_error  how sure a score is
 
 Images enter a network as float32 in [-1, 1], [N, 3, H, W]; everywhere else they are uint8.

@@ -57,8 +57,8 @@ def arguments():
 
 
 def check_out(args, record):
-    """UserError if --out was not made by refine.py, lies in what is to be refined, or was made of
-    other images or, with --images, by another R or --size."""
+    """UserError if --out was not made by refine.py, lies in what is to be refined, or holds
+    pictures of other --images or, with --images, of another R or --size."""
     out, source, made = args.out.resolve(), args.images or args.data, args.out / "refine.json"
     own = (".lock", "refine.json.tmp")       # a kill before refine.json leaves no more than these
     if out.exists() and any(p.name not in own for p in out.iterdir()) and not made.is_file():

@@ -1,7 +1,7 @@
 """Stage 3: adversarial training of the refiner R against the discriminator D (section 3.3).
 
-    repeat  twice:  R a step down  L_R = alpha L_adv + beta L_rec            (Eq 2), D fixed
-            once:   D a step down  L_D, half of its refined images from a history (Eq 1), R fixed
+    repeat  twice:  a step of R down L_R = alpha L_adv + beta L_rec                  (Eq 2), D fixed
+            once:   a step of D down L_D, half of the refined images from a history  (Eq 1), R fixed
 
 Reads   data/{synthetic,real}, runs/METHOD/pretrain.pt (METHOD: ours or simgan)
 Writes  runs/METHOD/average.pt  R averaged over the last steps: what refine.py takes
@@ -188,7 +188,7 @@ def arguments():
     p.add_argument("--d-lr", type=positive(float), default=1e-3, help="(paper) of D")
     p.add_argument("--history", type=natural, default=100, help="capacity in batches; 0: none")
     p.add_argument("--rec-batch", type=positive(int), default=512,
-                   help="images to whose sum L_rec is scaled, whatever the batch size")
+                   help="L_rec is scaled to the sum over so many images, whatever the batch size")
     p.add_argument("--average", type=positive(int), help="steps over which R's weights are "
                    "averaged for average.pt (default: a fifth of --steps, at most 200)")
     p.add_argument("--rec", choices=["l1", "l2"], default="l2",

@@ -6,6 +6,7 @@ Writes  BASE/summary.png
     python -m study.demo --base demo                   of the toy town
     python -m study.demo --base .                      of your own run
 """
+import json
 from pathlib import Path
 from statistics import fmean
 
@@ -13,7 +14,6 @@ from prepare import load_images
 from segment import of_seeds
 from support.cli import parser, path_of, start
 from support.figures import save_summary
-from support.raw import read_record
 from support.training import load_checkpoint
 from train_gan import COLUMNS
 
@@ -47,8 +47,8 @@ def main():
     base = arguments().base
 
     # 1. What the stages have found.
-    segment = read_record(base / "results/segment_unet.json")
-    table2 = read_record(base / "results/table2.json")
+    segment = json.loads((base / "results/segment_unet.json").read_text(encoding="utf-8"))
+    table2 = json.loads((base / "results/table2.json").read_text(encoding="utf-8"))
     rows = list(segment["scores"][str(segment["seeds"][0])])
     on_real = {row: mean_mIoU(segment, row, "real") for row in rows}
     print_table(table2, segment, on_real)

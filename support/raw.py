@@ -255,7 +255,7 @@ def read_ids(path):
 
 UNKNOWN = 254                                        # no trainId: such a frame is refused
 IGNORE = 255                                         # void: in no loss and no score
-TWINS = (18, 34)                                     # void, in the colours of pole and car
+TWINS = {18: (153, 153, 153), 34: (0, 0, 142)}       # void, in the colours of pole and car
 
 
 def palette_of(table):
@@ -299,18 +299,22 @@ def lookup(ids, table):
 
 
 def check_palette(used, colours, known, table):
-    """ValueError if a palette shows another class than a value is, in colour or as grey: a program
-    has sorted it, or the values are other ids. Black and white are a mask's."""
-    class_of = {colour: i for i, (_, _, colour) in enumerate(table)}
-    for value in used:
-        shown = class_of.get(tuple(colours[value].tolist()))
-        if shown not in (None, known[value]) and value not in TWINS:
-            raise ValueError(f"its palette shows {table[shown][0]} where the value is {value}; "
-                             "save it in grey, or say --label-ids")
-    shown = colours[used]
-    grey = shown[:, 0]
-    if (shown == shown[:, :1]).all() and (known[grey] != UNKNOWN).all() \
-            and len(set(grey)) == len(grey) and (grey != used).any() and not set(grey) <= {0, 255}:
+    """ValueError if a palette has the classes' colours, or greys that may be ids, at other values:
+    a program has renumbered it, or the ids are others. Black and white are a mask's."""
+    class_of = {(0, 0, 0): IGNORE, **{colour: i for i, (_, _, colour) in enumerate(table)}}
+    shown = [tuple(colour) for colour in colours[used].tolist()]
+    meant = [class_of.get(colour) for colour in shown]
+    of_classes = sum(i not in (None, IGNORE) for i in meant)
+    if 2 * of_classes > sum(map(any, shown)):                 # else one or two by chance
+        for value, colour, i in zip(used.tolist(), shown, meant):
+            if i not in (None, known[value]) and TWINS.get(value) != colour:
+                name = "void" if i == IGNORE else table[i][0]
+                raise ValueError(f"its palette shows {name} where the value is {value}; give the "
+                                 "right --label-ids, or the file as it was before a program "
+                                 "renumbered it")
+    greys = [red for red, green, blue in shown if red == green == blue]
+    if len(set(greys)) == len(used) and (known[greys] != UNKNOWN).all() \
+            and greys != used.tolist() and not set(greys) <= {0, 255}:
         raise ValueError("its palette shows other ids as grey than its values are; save it in grey")
 
 
@@ -385,7 +389,8 @@ def usable(make, frames, wanted, workers):
                 done[frame] = made
                 missing -= not made.why
         if missing == wanted:
-            print(f"none of the first {len(done)} frames can be used, the last: {made.why}")
+            print(f"none of the first {len(done)} frames can be used, the last: {frame.image}: "
+                  f"{made.why}", flush=True)
         round_ += 1                                  # more at once, should all of them be bad
     return done
 

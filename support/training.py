@@ -246,11 +246,14 @@ class Training:
                 raise UserError(f"{self.path}: was run with {key} = {old}, not {value}; --resume "
                                 "goes on with the same settings only")
         for name, part in self.parts.items():
+            if isinstance(part, torch.optim.Optimizer):
+                for group in saved[name]["param_groups"]:
+                    group["fused"] = None                     # older versions saved True
             part.load_state_dict(saved[name])
         self.step = saved["step"]
         if any(len(row) != len(self.columns) for row in saved["log"]):
             raise UserError(f"{self.path}: its log has other columns, so it was saved by an older "
-                            "version; start anew with --overwrite")
+                            "version; delete it and start anew")
         self.rows = [dict(zip(self.columns, row)) for row in saved["log"]]
 
     def save(self, finished):

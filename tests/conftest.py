@@ -48,7 +48,7 @@ def as_main(script, args, cwd, out, megabytes):
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-class start:
+class Command:
     """A script that runs, on one thread; like subprocess.Popen."""
 
     def __init__(self, script, *args, cwd, megabytes=None):
@@ -74,6 +74,9 @@ class start:
         """Wait until condition() or its end."""
         while self.process.exitcode is None and not condition():
             time.sleep(0.002)
+
+
+start = Command
 
 
 def call(script, *args, cwd, status=0, megabytes=None):

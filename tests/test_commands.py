@@ -84,6 +84,7 @@ MISTAKES = [
     ("prepare.py --synthetic ok --cityscapes ok --test 1", "ok: leftImg8bit/train/"),
     ("prepare.py --synthetic ok ok ok --real ok", "--synthetic IMAGES [LABELS]"),
     ("prepare.py --synthetic twice --real ok --test 1", "twice/00.png twice/00.jpg become rename"),
+    ("prepare.py --synthetic deep --real ok --test 1", "deep/x/00.png deep/x_00.png become rename"),
     ("prepare.py --synthetic cs --real ok --test 1", "cs: cs/gtFine; give cs/leftImg8bit"),
     ("prepare.py --synthetic mixed --real ok --test 1", "mixed/00_gtFine_color.png: label"),
     (f"{BOTH} --test 4", "--test 4 frames"),
@@ -204,9 +205,10 @@ def empty(tmp_path_factory):
         for i in range(5):
             save_pair(cwd / folder / "real/test", i, np.zeros((24, 48, 3), np.uint8),
                       np.full(size, value, np.uint8))
-    for folder in ("ok", "twice", "mixed", "cs/leftImg8bit/ulm", "cs/gtFine/ulm"):
+    for folder in ("ok", "twice", "mixed", "cs/leftImg8bit/ulm", "cs/gtFine/ulm", "deep/x"):
         fill(cwd / folder, 4)
-    save(cwd / "twice/00.jpg", noise(0)), save(cwd / "mixed/00_gtFine_color.png", noise(0))
+    for file in ("twice/00.jpg", "mixed/00_gtFine_color.png", "deep/x_00.png"):
+        save(cwd / file, noise(0))
     (cwd / "good/synthetic/refine.json").write_text('{"finished": true}')
     (cwd / "empty").mkdir()
     return cwd

@@ -64,7 +64,7 @@ def same_runs(one, other):
 @pytest.mark.parametrize("script, flags, made", [
     ("train_gan.py", GAN, ["last.pt", "curves.png", "samples/step_000010.png"]),
     ("pretrain.py", PRETRAIN, ["pretrain.pt", "pretrain.png"])])
-def test_a_training_killed_at_random_moments_equals_one_that_was_not(fresh, script, flags, made):
+def test_a_training_killed_five_times_equals_one_that_was_not(fresh, script, flags, made):
     """SIGKILL, five times, twice of them while a checkpoint is half-written: weights, optimisers,
     history, random state, log, samples and the best step are the same."""
     whole, parts = fresh / "runs/whole", fresh / "runs/parts"
@@ -140,6 +140,9 @@ def test_refine_killed_before_its_first_file_runs_again(fresh):
         (fresh / "new" / name).write_text("{")
     call("refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "new", cwd=fresh)
     assert not (fresh / "new/refine.json.tmp").exists()
+    (fresh / "mine").mkdir()
+    (fresh / "mine/refine.txt").write_text("a file of the user's")
+    call("refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "mine", cwd=fresh, status=2)
 
 
 def test_sigterm_saves_and_a_second_signal_stops_at_once(fresh):

@@ -115,6 +115,7 @@ def test_one_picture_and_the_size_of_training(pictures):
     (["--images", "own/1.png", "--out", "old"], "was made with images"),
     (["--images", "own", "--out", "old", "--size", 9, 9], "was made with size"),
     (["--checkpoint", "two.pt", "--images", "own", "--out", "old"], "was made with sha256"),
+    (["--data", "own", "--out", "old"], "was made with images = "),
     (["--images", "twice", "--out", "x"], "would both become"),
     (["--images", "set", "--out", "x"], "set: holds label maps too, in set/labels; give set/im"),
     (["--images", "own", "--out", "x", "--size", 3, 9], "--size"),

@@ -1,4 +1,5 @@
 """prepare.py: class table, crop, tiny folders in every format it reads, and what it refuses."""
+import re
 import shutil
 
 import numpy as np
@@ -159,7 +160,7 @@ def test_strict_stops_at_the_first_bad_frame(raw, tmp_path):
 
 
 def test_frames_that_the_crop_does_not_fit(tmp_path):
-    """They are skipped with the reason."""
+    """They are skipped with the reason. Own images are cropped only if it is asked for."""
     raw = fill(tmp_path / "raw", 4)
     noise(8, (46, 64)).save(raw / "low.png"), noise(9, (48, 62)).save(raw / "narrow.png")
     args = ["--synthetic", raw, "--real", raw, "--size", 24, 48, "--test", 1, "--out"]
@@ -168,6 +169,8 @@ def test_frames_that_the_crop_does_not_fit(tmp_path):
     assert len(skipped) == 4                                             # once per domain
     assert all("--crop 18 14 30 50" in s for s in skipped)
     assert sum("low.png" in s and "64x46" in s for s in skipped) == 2
+    good(*args, tmp_path / "all")
+    assert not record(tmp_path / "all")["skipped"]
 
 
 @pytest.mark.parametrize("given, own", [("gta5", "real"), ("cityscapes", "synthetic")])
@@ -178,7 +181,7 @@ def test_official_data_has_the_papers_crop(raw, tmp_path, given, own):
                "--test", 1, "--out", tmp_path / "out"]
     out, err = call("prepare.py", *command, cwd="/", status=2)
     line = err.splitlines()[-1]
-    assert "none of the first 1 frames can be used, the last: --crop 200 600 400" in out
+    assert re.search("none of the first 1 frames can be used, the last: .*png: --crop 200", out)
     assert "were skipped" in line and "--crop 200 600 400 600 does not fit" in line
     assert "try --crop none" in line
     good(*command, "--crop", "none")
@@ -224,6 +227,7 @@ FRAMES = {
     "PHOTO Ä 東京.JPG": (PHOTO, LABEL, ""),
     "holed.png": (HOLED, LABEL, "transparent"),
     "deep.png": (DEEP, LABEL, "mode I 8-bit"),
+    "cmyk.jpg": (PHOTO.convert("CMYK"), LABEL, "CMYK RGB"),
     "wide.png": (noise(0, (48, 80)), LABEL, "80x48 64x48"),
     "binary label.png": (PHOTO, LABEL.convert("1"), "label mode 1"),
     "two.gif": (encoded(noise(1), "GIF", save_all=True, append_images=[PHOTO]), LABEL,

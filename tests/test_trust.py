@@ -94,6 +94,9 @@ def test_bad_frames_do_not_eat_test_and_limit(tmp_path, seed):
     out, _ = call("prepare.py", "--synthetic", "raw", "--real", "raw", "--test", test, "--limit",
                   limit, "--seed", seed, *FLAGS, cwd=tmp_path)
     assert f"to test on: {test} synthetic, {test} real" in out
+    none = [{*np.random.default_rng([seed, stream]).permutation(14)[:test].tolist()} <= bad
+            for stream in (0, 2)]
+    assert not any(none) or "none of the first" in out
     for domain, stream in (("synthetic", 0), ("real", 2)):
         found = {s: names(tmp_path / "data" / domain / s) for s in ("test", "train")}
         usable = 14 - len(bad)
@@ -168,12 +171,13 @@ def as_palette(ids, colours, order=np.arange(256)):
     return image
 
 
-def official():
-    """The colours of cityscapesScripts, two voids among them that have a class's colour."""
+def official(changed=0, colour=(0, 0, 0)):
+    """The colours of cityscapesScripts, two voids among them that have a class's colour; one value
+    may be changed."""
     colours = np.zeros((256, 3), np.uint8)
     colours[[5, 18, 34]] = (111, 74, 0), (153, 153, 153), (0, 0, 142)
-    for _, label_id, colour in TABLE:
-        colours[label_id] = colour
+    colours[[label_id for _, label_id, _ in TABLE]] = [row[2] for row in TABLE]
+    colours[changed] = colour
     return colours
 
 
@@ -197,7 +201,8 @@ def grey(ids, rng):
 # How good labels may have been saved: (ids uint8 [H, W], rng) -> image.
 SAME = {
     "grey": grey, "TIFF": grey, "BMP": grey,
-    "any palette": lambda ids, rng: as_palette(ids, rng.integers(0, 256, (256, 3))),
+    "VOC's palette": lambda ids, rng: as_palette(ids, np.where(      # road's colour at vegetation
+        np.arange(256)[:, None] == 21, (128, 64, 128), rng.integers(0, 256, (256, 3)))),
     "GTA-V's palette": lambda ids, rng: as_palette(ids, official()),
     "no palette": lambda ids, rng: as_palette(ids, np.zeros((256, 3))),
     "three channels": lambda ids, rng: Image.fromarray(np.stack([ids] * 3, 2)),
@@ -206,7 +211,11 @@ SAME = {
     "trainIds in colour": lambda ids, rng: as_palette(TRAIN_IDS[ids], PALETTE)}
 REFUSED = {                                          # -> words of the line
     "trainIds": (SAME["trainIds"], "--label-ids trainIds"), "JPEG": (grey, "JPEG"),
-    "trainIds in colour": (SAME["trainIds in colour"], "save it in grey, or say --label-ids"),
+    "trainIds in colour": (SAME["trainIds in colour"], "give the right --label-ids"),
+    "car in black": (lambda ids, rng: as_palette(ids, official(26)),
+                     "shows void where the value is 26;"),
+    "pole group as sky": (lambda ids, rng: as_palette(ids, official(18, (70, 130, 180))),
+                          "shows sky where the value is 18;"),
     "sorted palette": (lambda ids, rng: as_palette(ids, official(), rng.permutation(256)),
                        "palette shows"),
     "a mask": (lambda ids, rng: Image.fromarray(np.uint8(255) * (ids > 20)), "a mask"),
@@ -420,7 +429,7 @@ def test_what_cannot_be_printed_is_replaced():
 
 
 def test_a_reader_that_goes_away_is_said(tmp_path):
-    """| head -1: the data is either whole or said to be unfinished."""
+    """| head -1: one line."""
     done = subprocess.run(f"{sys.executable} {ROOT}/prepare.py --demo --size 24 48 --limit 2 "
                           "--test 1 --workers 1 | true", shell=True, cwd=tmp_path,
                           capture_output=True, text=True)
