@@ -1,11 +1,6 @@
-"""The networks and the metrics of the paper.
+"""The networks of the paper, then its metrics, written by hand: this is where to read them.
 
-    Refiner, Discriminator      section 5.1 and Table 1
-    load_inception              psi of the perceptual loss (Eq 5) and of FID: support/inception.py
-    UNet, DeepLabV3Plus         section 5.3
-    fid, ssim, kid              section 5.2 (but kid), by hand: this is where to read them
-    leave_out, jackknife_error  how sure a score is
-
+Inception V3, psi of the perceptual loss (Eq 5) and of FID, is loaded in support/inception.py.
 Images enter a network as float32 in [-1, 1], [N, 3, H, W]; everywhere else they are uint8.
 """
 import torch
@@ -211,33 +206,19 @@ def fid(features_a, features_b):
     """Frechet Inception Distance of two feature sets, [N1, d] and [N2, d] -> float >= 0.
 
     FID = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr sqrt(S1 S2)   (Heusel et al. 2017), in float64,
-    S with N - 1. Raises ValueError for fewer than 2 images or unequal d.
+    S with N - 1. With S1 = a'a and S2 = b'b the product S1 S2 = a'(a b')b has the eigenvalues of
+    (a b')(a b')', so the last trace is the sum of the singular values of a b': no d x d root.
+    Raises ValueError for fewer than 2 images or unequal d.
     """
     check_features(features_a, features_b)
     a, b = features_a.double(), features_b.double()
     distance = (a.mean(0) - b.mean(0)).square().sum()
     a = (a - a.mean(0)) / (len(a) - 1) ** 0.5                  # now S1 = a'a and S2 = b'b
     b = (b - b.mean(0)) / (len(b) - 1) ** 0.5
-    trace_sqrt = trace_sqrt_nuclear if len(a) <= 2000 else trace_sqrt_eigen
-    value = distance + a.square().sum() + b.square().sum() - 2 * trace_sqrt(a, b)
+    a, b = (torch.linalg.qr(x, mode="r").R for x in (a, b))    # the same, of d rows at most
+    trace_sqrt = torch.linalg.svdvals(a @ b.T).sum()
+    value = distance + a.square().sum() + b.square().sum() - 2 * trace_sqrt
     return max(value.item(), 0.0)                              # -1e-13 on equal sets
-
-
-def trace_sqrt_nuclear(a, b):
-    """tr sqrt(S1 S2) with S1 = a'a, S2 = b'b: the nuclear norm of a b', [N1, N2].
-
-    S1 S2 = a'(a b')b has the eigenvalues of (a b')(a b')', so the trace of its root is the sum
-    of the singular values of a b': no d x d matrix, no complex root. Cheap for few images.
-    """
-    return torch.linalg.svdvals(a @ b.T).sum()
-
-
-def trace_sqrt_eigen(a, b):
-    """The same as the trace of the root of the symmetric L' S2 L, S1 = L L', [d, d]: cheap for many
-    images. Eigenvalues that rounding pushed below 0 are 0."""
-    w, v = torch.linalg.eigh(a.T @ a)
-    bl = b @ (v * w.clamp(min=0).sqrt())                       # b L, so L' S2 L = (b L)'(b L)
-    return torch.linalg.eigvalsh(bl.T @ bl).clamp(min=0).sqrt().sum()
 
 
 def check_features(a, b):
