@@ -35,11 +35,6 @@ CONTROL = "one flat colour (control)"
 # -------------------------------------------------------------------------------- the scores
 
 
-def mean(values):
-    """The mean as a plain number."""
-    return values.mean().item()
-
-
 def measure(images, features, real, real_features, device):
     """The metrics of `images` against `real`: {metric: (value, leave_out values)}.
     images, real: uint8 [N, 3, H, W] or Images, image i and real i being partners for SSIM;
@@ -56,7 +51,8 @@ def measure(images, features, real, real_features, device):
         for x, y in zip(images.split(64), real.split(64)):
             values.append(ssim(x.to(device), y.to(device), max_val).cpu().double())
         values = torch.cat(values)
-        found[name] = mean(values), leave_out(mean, values, groups=len(values))  # std / sqrt(N)
+        found[name] = (values.mean().item(),                  # its error: std / sqrt(N)
+                       leave_out(torch.mean, values, groups=len(values)))
     return found
 
 

@@ -10,8 +10,7 @@ Writes  data/{synthetic,real}/{train,test}/images/NAME.png   RGB, all of one siz
     python prepare.py --synthetic IMAGES LABELS --real IMAGES LABELS   any other
     python prepare.py --demo                                           no data at all
 
-Two cores do 20 full-size frames a second. The other stages import the format from here: TABLE,
-CLASSES, IGNORE, classes_of, names, files_of, load_images, load_labels, check_domains.
+Two cores do 20 full-size frames a second. The other stages import the format from here.
 """
 from collections import Counter
 from functools import partial
@@ -43,8 +42,7 @@ TABLE = (
     ("motorcycle", 32, (0, 0, 230)), ("bicycle", 33, (119, 11, 32)),
 )
 CLASSES = [name for name, _, _ in TABLE]
-PALETTE = palette_of(TABLE)                          # uint8 [256, 3]; void (255) is black
-# IGNORE (255) is void: in no loss and in no score.
+PALETTE = palette_of(TABLE)                          # uint8 [256, 3]; void, IGNORE, is black
 
 
 # ---------------------------------------------------------------- reading prepared folders
@@ -203,11 +201,10 @@ def crop_and_resize(image, crop, size, resample):
 def save_pair(folder, name, image, label, args):
     """Write one prepared pair; return its pixels per class, int [classes + 1], the last is void."""
     write_png(folder / "images" / f"{name}.png", image)
-    count = len(args.table)
-    pixels = np.zeros(count + 1, np.int64)
+    count, pixels = len(args.table), np.zeros(len(args.table) + 1, np.int64)
     if label is not None:
-        pixels[:count] = np.bincount(np.array(label).ravel(), minlength=256)[:count]
-        pixels[count] = label.width * label.height - pixels.sum()
+        found = np.array(label.histogram())                   # how many pixels have each value
+        pixels = np.append(found[:count], found[IGNORE])
         label.putpalette(palette_of(args.table).ravel().tolist())
         write_png(folder / "labels" / f"{name}.png", label)
     return pixels
@@ -260,7 +257,8 @@ def make_domain(domain, parts, args):
         if not done[split]:
             raise UserError(f"{domain}/{split}: all of its frames were skipped, the last because: "
                             "{}: {}".format(*skipped[-1]))
-        for file in folder.glob("*/*.png*"):         # what an earlier run or a killed one has left
+        # What an earlier run, or a killed one, has left.
+        for file in [*folder.glob("images/*.png*"), *folder.glob("labels/*.png*")]:
             one = done[split].get(file.stem) if file.suffix == ".png" else None
             if not one or file.parent.name == "labels" and not one.pixels.any():
                 file.unlink()

@@ -1,18 +1,15 @@
 """How fast every stage is on this machine: one table, every figure a ratio within the run.
 
-Times of a machine that others use too move by a factor of two; the ratio of two things that
-were timed in turns moves far less. So everything is timed in turns with what it is compared to,
-and the table has the median of the ratios. R's convolutions cost 8.43 GMAC an image of 80 x 160
-forward, all else is small beside them: a training step can at best run at the speed of a plain
-convolution.
+Times of a machine that others use too move by a factor of two, ratios of two things timed in turns
+far less: the table has the median of the ratios. R's convolutions cost 8.43 GMAC an image of
+80 x 160 forward, all else is small beside them, so a training step can at best run at the speed of
+a plain convolution.
 
-Reads   nothing; draws its own images
-Writes  the table; with --json PATH also as PATH, with hardware, versions and every single time,
-        and as Markdown beside it
+Writes  the table; with --out PATH also as Markdown
 
     python -m study.bench                        everything, 7 minutes on 2 cores
     python -m study.bench --only gan metrics     some sections
-    python -m study.bench --size 40 80 --batch-size 8 --json results/bench.json
+    python -m study.bench --size 40 80 --batch-size 8 --out bench.md
 """
 import copy
 import os
@@ -37,8 +34,8 @@ import pretrain
 import train_gan
 from models import (REAL, REFINED, DeepLabV3Plus, Discriminator, Refiner, UNet, fid,
                     inception_features, load_inception, patch_loss, ssim)
-from support.cli import (announce, markdown_table, name_of, parser, path_of, positive, provenance,
-                         start, write_json, write_text)
+from support.cli import (announce, markdown_table, name_of, parser, path_of, positive, start,
+                         write_text)
 from support.training import (add_device_flag, autocast, learning_layout, make_optimizer,
                               pick_device, place, to_float, to_uint8)
 
@@ -53,8 +50,7 @@ def seconds(function, device):
     """Wall time of one call, to the end of its work on `device`."""
     begin = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    torch.zeros(1, device=device).item()                      # a GPU has done all before it
     return time.perf_counter() - begin
 
 
@@ -74,17 +70,17 @@ def flops(function):
 
 
 class Table:
-    """The rows: measured, printed at once, and kept for --json."""
+    """The rows: measured, printed at once, and kept as texts."""
 
     def __init__(self, device, repeats):
         self.device, self.repeats, self.rows = device, repeats, []
         print(f"{'':42s} {'median':>18s} {'ratio':>7s}  against")
 
-    def add(self, name, times, value, unit, ratios, against):
-        """A row. times: seconds; value: what is shown of them; ratios: a list."""
-        self.rows.append({"name": name, "value": value, "unit": unit, "against": against,
-                          "ratio": statistics.median(ratios), "times": times})
-        print("{:42s} {:>18s} {:>7s}  {}".format(*self.cells()[-1]), flush=True)
+    def add(self, name, value, unit, ratios, against):
+        """A row: what is shown, and the median of its ratios to what it is compared to."""
+        ratio = statistics.median(ratios)
+        self.rows.append([name, f"{value:.4g} {unit}", f"{ratio:.2f}", against])
+        print("{:42s} {:>18s} {:>7s}  {}".format(*self.rows[-1]), flush=True)
 
     def compare(self, name, function, other, against, work=None):
         """How many times faster `function` is than `other`. work: images in a call, if images a
@@ -93,12 +89,7 @@ class Table:
         value, unit = statistics.median(a), "s"
         if work:
             value, unit = work / value, "images/s"
-        self.add(name, a, value, unit, [y / x for x, y in zip(a, b)], against)
-
-    def cells(self):
-        """The rows as texts."""
-        return [[row["name"], f"{row['value']:.4g} {row['unit']}", f"{row['ratio']:.2f}",
-                 row["against"]] for row in self.rows]
+        self.add(name, value, unit, [y / x for x, y in zip(a, b)], against)
 
 
 # ----------------------------------------------- the straightforward loop, what students write
@@ -151,12 +142,10 @@ def images(n, size, device="cpu"):
                          generator=torch.Generator().manual_seed(n)).to(device)
 
 
-def gan_step(size, n, device, precision="float32", compile=False, layout=None):
+def gan_step(size, n, device, precision="float32", compile=False):
     """One step of train_gan.py (two updates of R, one of D) as a function without arguments."""
     torch.manual_seed(0)
-    layout = layout or learning_layout(device)
-    R = Refiner().to(device, memory_format=layout)
-    D = Discriminator().to(device, memory_format=layout)
+    R, D = place(Refiner(), device, learning=True), place(Discriminator(), device, learning=True)
     if compile:
         R.compile(), D.compile()
     optimizer_R = make_optimizer("sgd", R.parameters(), 1e-4)
@@ -247,17 +236,14 @@ def bench_prepare(table, args):
 
 def bench_gan(table, args):
     """The GAN step: against a convolution, the straightforward loop, other arithmetic."""
-    size, n, device = args.size, max(args.batch_size, 2), table.device
+    size, n, device = args.size, args.batch_size, table.device
     step, floor = gan_step(size, n, device), convolution(size, n, device)
     work, least = flops(step), flops(floor)
     a, b = in_turns([step, floor], device, table.repeats)
-    table.add("GAN step, arithmetic", a, work / statistics.median(a) / 1e9, "GFLOP/s",
+    table.add("GAN step, arithmetic", work / statistics.median(a) / 1e9, "GFLOP/s",
               [(work / x) / (least / y) for x, y in zip(a, b)], "of a plain convolution's rate")
     table.compare("GAN step", step, straightforward_step(size, n, device),
                   "the straightforward loop")
-    table.compare("GAN step, channels last",
-                  gan_step(size, n, device, layout=torch.channels_last),
-                  gan_step(size, n, device, layout=torch.contiguous_format), "channels first")
     half = gan_step([size[0] // 2, size[1] // 2], n, device)
     table.compare("GAN step, a quarter of the pixels", half, step, "the whole; 4 is linear")
     table.compare("GAN step, bfloat16", gan_step(size, n, device, "bfloat16"), step, "float32")
@@ -269,7 +255,7 @@ def bench_gan(table, args):
 
 def bench_networks(table, args):
     """Pre-training, the segmentation networks; what refine.py and evaluate.py run."""
-    size, n, device = args.size, max(args.batch_size, 2), table.device
+    size, n, device = args.size, args.batch_size, table.device
     R, x = place(Refiner(), device, learning=True), images(n, size, device)
     psi = load_inception("random", "Conv2d_4a_3x3", x.cpu()).to(device)
     adam = make_optimizer("adam", R.parameters(), 1e-4)
@@ -294,13 +280,9 @@ def bench_metrics(table, args):
     x, y = (images(n, args.size, table.device)[:64].float() for n in (64, 65))
     table.compare("SSIM, 64 pairs", lambda: ssim(x, y), lambda: direct_ssim(x, y),
                   "the direct 11 x 11 form", 64)
-    cpu, random = torch.device("cpu"), torch.Generator().manual_seed(0)
-    for n in (200, 5000):
-        a, b = (torch.rand(n, 2048, generator=random, dtype=torch.float64) for _ in range(2))
-        slow = seconds(lambda: sqrtm_fid(a, b), cpu)
-        (times,) = in_turns([lambda: fid(a, b)], cpu, table.repeats)
-        table.add(f"FID distance, N = {n}", times, statistics.median(times), "s",
-                  [slow / t for t in times], "scipy's sqrtm (once)")
+    a, b = torch.rand(2, 200, 2048, dtype=torch.float64)
+    table.compare("FID distance, N = 200", lambda: fid(a, b), lambda: sqrtm_fid(a, b),
+                  "scipy's sqrtm")
 
 
 def machine():
@@ -324,24 +306,23 @@ def arguments():
     p.add_argument("--size", type=positive(int), nargs=2, default=[80, 160], metavar=("H", "W"))
     p.add_argument("--batch-size", type=positive(int), default=4, help="images a batch")
     p.add_argument("--repeats", type=positive(int), default=5, help="of which the median is shown")
-    p.add_argument("--json", type=path_of, help="write the table and every time to this file")
-    return p.parse_args()
+    p.add_argument("--out", type=path_of, help="write the table to this file, as Markdown")
+    args = p.parse_args()
+    args.batch_size = max(args.batch_size, 2)                 # half of a batch is the history's
+    return args
 
 
 def main():
     args = arguments()
     device = pick_device(args.device)
-    announce("study.bench", device, args.seed, "nothing", args.json or "nothing")
+    announce("study.bench", device, args.seed, "nothing", args.out or "nothing")
     table = Table(device, args.repeats)
     for name in args.only:
         SECTIONS[name](table, args)
-    if args.json:
-        write_json(args.json, {"rows": table.rows, "machine": machine(),
-                               **provenance(args, device)})
-        write_text(args.json.with_suffix(".md"), f"{machine()}, {name_of(device)}, torch "
-                   f"{torch.__version__}, {args.size[0]} x {args.size[1]}, batch "
-                   f"{args.batch_size}\n\n" + markdown_table(
-                       ["what", "median", "ratio", "against"], table.cells()) + "\n")
+    if args.out:
+        write_text(args.out, f"{machine()}, {name_of(device)}, torch {torch.__version__}, "
+                   f"{args.size[0]} x {args.size[1]}, batch {args.batch_size}\n\n" + markdown_table(
+                       ["what", "median", "ratio", "against"], table.rows) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,11 +24,6 @@ def arguments():
     return p.parse_args()
 
 
-def mean_mIoU(segment, row, column):
-    """The mean over the seeds of a record of segment.py."""
-    return fmean(of_seeds(segment["scores"], row, column, "mIoU"))
-
-
 def print_table(table2, segment, on_real):
     """mIoU on real by training set, with a bar each; then how far the images are from real."""
     tests = segment["test_images"]["real"]
@@ -49,8 +44,10 @@ def main():
     # 1. What the stages have found.
     segment = json.loads((base / "results/segment_unet.json").read_text(encoding="utf-8"))
     table2 = json.loads((base / "results/table2.json").read_text(encoding="utf-8"))
-    rows = list(segment["scores"][str(segment["seeds"][0])])
-    on_real = {row: mean_mIoU(segment, row, "real") for row in rows}
+    domains, table = segment["domains"], {}                   # of which real is the last
+    for row in segment["scores"][str(segment["seeds"][0])]:
+        table[row] = [fmean(of_seeds(segment["scores"], row, d, "mIoU")) for d in domains]
+    on_real = {row: values[-1] for row, values in table.items()}
     print_table(table2, segment, on_real)
 
     # 2. The same in one picture.
@@ -59,11 +56,8 @@ def main():
         images[caption] = load_images(base / "data" / domain / "test")[:5]
     last = load_checkpoint(base / "runs/ours/last.pt", ["gan"], "run train_gan.py first")
     log = [dict(zip(COLUMNS, row)) for row in last["log"]]
-    table = []
-    for row in rows:
-        table.append([mean_mIoU(segment, row, column) for column in segment["domains"]])
-    save_summary(base / "summary.png", images, log, last["best"]["step"], on_real, table,
-                 segment["domains"])
+    save_summary(base / "summary.png", images, log, last["best"]["step"], on_real,
+                 list(table.values()), domains)
     print(f"\nAll in one picture: {base}/summary.png. Tables: {base}/results/*.md. Training: "
           f"{base}/runs/ours/samples/")
 

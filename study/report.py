@@ -15,7 +15,7 @@ from scipy.stats import t as student
 from evaluate import PAPER as PAPER_TABLE2
 from prepare import CLASSES, TABLE
 from segment import (NETWORKS, PAPER, class_table, matrix_table, mean_spread, of_seeds, scores)
-from support.cli import UserError, markdown_table, parser, path_of, start, write_text
+from support.cli import markdown_table, parser, path_of, start, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = {"mIoU": 3, "shared": 3, "accuracy": 1, "fid": 1, "kid": 1, "ssim": 3, "ssim_range1": 4}
@@ -61,7 +61,7 @@ def shared_classes(record):
         for entry in numbers["segment"]:
             own = entry["tested"].get("synthetic", {}).get("synthetic")
             if own:
-                return np.flatnonzero(np.sum(own["confusion"], 1))
+                return np.flatnonzero(np.sum(own, 1))
     return np.arange(len(CLASSES))
 
 
@@ -75,8 +75,8 @@ def tested_by_seed(record, network, epochs):
             by_seed[seed] = {}
             for row, by_domain in entry["tested"].items():
                 by_seed[seed][row] = {}
-                for domain, found in by_domain.items():
-                    score = scores(torch.tensor(found["confusion"]))
+                for domain, matrix in by_domain.items():
+                    score = scores(torch.tensor(matrix))
                     score["shared"] = float(np.nanmean(np.array(score["IoU"])[shared]))
                     by_seed[seed][row][domain] = score
     return by_seed
@@ -212,12 +212,9 @@ def real_table(record, by_seed):
 
 def segment_tables(record, network, by_seed):
     """Tables 3 to 6 and the IoU of every class on real, as segment.py has them of one run."""
-    names, domains, tables = rows_in(record, by_seed), [], []
-    for domain in names:
-        if any(of_seeds(by_seed, row, domain, "mIoU") for row in names):
-            domains.append(domain)
+    names, tables = rows_in(record, by_seed), []
     for metric, paper in PAPER[network].items():
-        tables.append(matrix_table(metric, paper, by_seed, names, domains).strip())
+        tables.append(matrix_table(metric, paper, by_seed, names, names).strip())
     return [*tables, class_table(by_seed, names, TABLE).strip()]
 
 
@@ -262,8 +259,6 @@ def arguments():
 def main():
     args = arguments()
     source = args.results / f"{args.name}.json"
-    if not source.is_file():
-        raise UserError(f"{source}: no such record; study.run writes it")
     print(f"study.report: reads {source}; writes {args.results}/{args.name}.md\n")
     record = json.loads(source.read_text(encoding="utf-8"))
     text = text_of(record)

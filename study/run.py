@@ -182,22 +182,15 @@ def prepare(args):
 # ----------------------------------------------------------------------------- the record
 
 
-def numbers_of_segment(path):
-    """What is kept of a segment_NETWORK.json: confusion matrices, of which all scores are made."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    (by_row,) = found["confusion"].values()                   # of one seed
-    tested = {}
-    for row, by_domain in by_row.items():
-        tested[row] = {domain: {"confusion": matrix} for domain, matrix in by_domain.items()}
-    return {"network": found["network"], "epochs": found["epochs"], "images": found["images"],
-            "tested": tested}
-
-
 def numbers_of_seed(folder):
-    """All numbers of a seed: Table 2 and every segmentation."""
+    """All numbers of a seed: Table 2 and, of every segmentation, the confusion matrices, of which
+    all scores are made."""
     table2 = json.loads((folder / "results/table2.json").read_text(encoding="utf-8"))
-    segment = [numbers_of_segment(path)
-               for path in sorted(folder.glob("results/*-epochs/segment_*.json"))]
+    segment = []
+    for path in sorted(folder.glob("results/*-epochs/segment_*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        (tested,) = found["confusion"].values()               # of one seed
+        segment.append({"network": found["network"], "epochs": found["epochs"], "tested": tested})
     return {"table2": {key: table2[key] for key in TABLE2}, "segment": segment}
 
 

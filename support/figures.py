@@ -1,7 +1,4 @@
-"""Pictures: grids of images, Figure 1, heat maps of Tables 3-6, and the demo's summary.
-
-Drawn on a `Figure` of matplotlib, which needs no screen and no backend.
-"""
+"""Pictures: grids of images, Figure 1, heat maps of Tables 3-6, and the demo's summary."""
 import os
 
 import numpy as np

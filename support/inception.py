@@ -1,8 +1,4 @@
-"""Inception V3 (Szegedy 2016), the frozen network of the perceptual loss (Eq 5) and of FID.
-
-    load_inception      up to a layer, with the weights of whoever; computed as their owner does
-    resize_299          images as FID shows them to it
-"""
+"""Inception V3 (Szegedy 2016), the frozen network of the perceptual loss (Eq 5) and of FID."""
 import torch
 import torch.nn.functional as F
 from torch import nn

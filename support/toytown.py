@@ -1,23 +1,16 @@
 """A toy town: small street scenes with exact labels, drawn in two looks.
 
-What it is for: the lesson needs two sets of labelled street images, one that looks like a game
-and one that looks like a camera, and nobody should have to download 60 GB to try the code.
-`draw("synthetic", seed)` and `draw("real", seed)` make them.  It is a toy: the "real" images are
-drawn too.  They stand in for real ones because they differ from the game in the same ways (light,
-colour, texture, haze, noise), not in what the town is made of.
-
-What is drawn: a straight street in one-point perspective, with all 19 Cityscapes classes.
-
-How it is drawn:
+`draw("synthetic", seed)` looks like a game, `draw("real", seed)` like a camera; they differ in
+light, colour, texture, haze and noise, not in what the town is made of: a straight street in
+one-point perspective, with all 19 classes of Cityscapes.
   1. `plan_town` puts objects along a random street;
   2. a `Canvas` with a random camera paints them from far to near, at three times the size, into
      four layers with the same outlines: colour, label, light (1 = in the sun) and depth;
   3. `shrink` brings the layers to the final size;
   4. `shade_game` or `shade_real` makes the final picture of them.
-Only step 4 knows the domain.  The domain is part of the seed, so no town is in both domains.
+Only step 4 knows the domain. The domain is part of the seed, so no town is in both domains.
 
 World coordinates are metres: x to the right, y up from the road, z away from the camera.
-It takes 20 to 25 ms for 80 x 160 pixels on one core.  It imports nothing from the project.
 """
 import math
 
