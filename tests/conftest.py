@@ -171,6 +171,7 @@ def on_a_cpu(request, monkeypatch):
     every time."""
     torch = sys.modules.get("torch")
     if torch and request.module.__name__ != "test_gpu":
+        torch.set_num_threads(1)               # as the commands have; and make test runs two halves
         for backend in (torch.cuda, torch.backends.mps):
             monkeypatch.setattr(backend, "is_available", lambda: False)
     if torch:

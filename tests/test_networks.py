@@ -129,20 +129,17 @@ def test_inception_refuses_another_file(full, tmp_path, change, found):
         load_inception(file)
 
 
-def test_failed_download_names_the_other_choices(tmp_path, monkeypatch):
-    """Without a network the default cannot work; the message says what can."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torchvision.models.Inception_V3_Weights, "get_state_dict", None)
-    with pytest.raises(UserError, match="--inception imagenet.*give a file, or --inception random"):
-        load_inception("imagenet")
-
-
-def test_imagenet_is_torchvisions_state_dict(monkeypatch, full):
-    """"imagenet" takes what torchvision gives (here a stand-in), classifier and all."""
-    monkeypatch.setattr(torchvision.models.Inception_V3_Weights, "get_state_dict",
+def test_imagenet_is_torchvisions_or_names_the_other_choices(tmp_path, monkeypatch, full):
+    """What torchvision gives (here a stand-in), classifier and all; else what can be done."""
+    weights = torchvision.models.Inception_V3_Weights
+    monkeypatch.setattr(weights, "get_state_dict",
                         lambda _, **said: said["check_hash"] and full.state_dict())
     net = load_inception("imagenet", "Conv2d_1a_3x3")
     assert torch.equal(net[0].conv.weight, full.Conv2d_1a_3x3.conv.weight)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(weights, "get_state_dict", None)                # without a network
+    with pytest.raises(UserError, match="--inception imagenet.*give a file, or --inception random"):
+        load_inception("imagenet")
 
 
 def test_backbone_weights_from_a_file(tmp_path):
@@ -240,8 +237,8 @@ def test_losses_stay_float32():
     (1, "bfloat16", "0.20")])
 def test_the_speed_of_bfloat16_is_said(seconds, asked, said, monkeypatch):
     """On a CPU, measured: where it is asked for, and where it is worth a try."""
-    times = iter([[9, 0.2, 0.2, 0.2], [9, seconds, seconds, seconds]])     # the first warms up
-    monkeypatch.setattr(training, "repeat", lambda *_, **__: next(times))
+    times = {torch.float32: [9, 0.2, 0.2, 0.2], torch.bfloat16: [9, seconds, seconds, seconds]}
+    monkeypatch.setattr(training, "repeat", lambda convolve, **_: times[convolve().dtype])
     assert training.precision_note(torch.device("cuda"), asked) == ""
     note = training.precision_note(torch.device("cpu"), asked)
     assert note == (said and f"; --precision bfloat16 is {said} times as fast here as float32")

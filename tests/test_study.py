@@ -37,9 +37,9 @@ def matrix(mIoU, pixels=1000):
 
 def segmented(scores, network="unet", epochs=30):
     """What study.run keeps of a segmentation: these mIoU on real, and 0.5 at home."""
-    tested = {row: {row: {"confusion": matrix(0.5)}, "real": {"confusion": matrix(mIoU)}}
+    tested = {row: {row: matrix(0.5), "real": matrix(mIoU)}
               for row, mIoU in scores.items()}
-    return {"network": network, "epochs": epochs, "images": 6, "tested": tested}
+    return {"network": network, "epochs": epochs, "tested": tested}
 
 
 def numbers(scores, fid, **segment):
@@ -60,12 +60,6 @@ def record():
                       "1": numbers({**scores, "ours": 0.175, "other": 0.175}, {"ours": 14.0})}}
 
 
-def near(mIoU):
-    """mIoU of `matrix`, whose pixels are whole."""
-    r = round(2000 * mIoU / (1 + mIoU)) / 1000
-    return r / (2 - r)
-
-
 def test_mean_and_interval_against_the_closed_form():
     """Student's t of one degree of freedom: 12.706; sd is 14.142, so +- 127.06."""
     assert report.mean_and_half([50.0, 70.0]) == (60, pytest.approx(127.06, abs=0.01))
@@ -74,9 +68,7 @@ def test_mean_and_interval_against_the_closed_form():
 
 def test_gap_closed_and_differences(record):
     by_seed = report.tested_by_seed(record, "unet", 30)
-    low, high = near(0.10), near(0.20)
-    wanted = [100 * (near(m) - low) / (high - low) for m in (0.15, 0.175)]
-    assert report.gap_closed(by_seed, "ours", "mIoU") == pytest.approx(wanted)
+    assert report.gap_closed(by_seed, "ours", "mIoU") == pytest.approx([50, 75], abs=0.3)
     for row in ("synthetic", "real"):                                   # without one of the two
         rest = {other: by_seed["0"][other] for other in by_seed["0"] if other != row}
         assert report.gap_closed({"0": rest}, "ours", "mIoU") == []
@@ -84,7 +76,7 @@ def test_gap_closed_and_differences(record):
     by_seed = report.tested_by_seed(record, "unet", 30)
     assert len(report.difference(by_seed, "ours", "synthetic", "mIoU")) == 1
     real = record["seeds"]["0"]["segment"][0]["tested"]["real"]         # no gap: nothing to close
-    real["real"]["confusion"] = matrix(0.10)
+    real["real"] = matrix(0.10)
     assert report.gap_closed(report.tested_by_seed(record, "unet", 30), "ours", "mIoU") == []
 
 
@@ -92,9 +84,9 @@ def test_classes_that_a_renderer_lacks_are_left_out_once_more(record):
     """mIoU over those that its own test images hold, here 0 and 1: a third one, never found on
     real, counts in the one mean and not in the other."""
     tested = record["seeds"]["0"]["segment"][0]["tested"]["ours"]["real"]
-    tested["confusion"][2][0] = 50
+    tested[2][0] = 50
     home = record["seeds"]["0"]["segment"][0]["tested"]["synthetic"]["synthetic"]
-    home["confusion"][3][3] = 9                                         # none of it in real images
+    home[3][3] = 9                                         # none of it in real images
     found = report.tested_by_seed(record, "unet", 30)["0"]["ours"]["real"]
     assert found["mIoU"] == pytest.approx(sum(found["IoU"][:2]) / 3)
     assert found["shared"] == pytest.approx(sum(found["IoU"][:2]) / 2)
@@ -119,7 +111,7 @@ def test_the_diagonal_is_counted_by_rows_and_columns(record):
         return report.diagonal(record, {"unet": report.tested_by_seed(record, "unet", 30)})
     assert found() == (12, 12)
     for seed in record["seeds"].values():                      # better on real than at home
-        seed["segment"][0]["tested"]["ours"]["ours"]["confusion"] = matrix(0.12)
+        seed["segment"][0]["tested"]["ours"]["ours"] = matrix(0.12)
     assert found() == (10, 12)
 
 
@@ -316,8 +308,10 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
     assert set(numbers["table2"]["rows"]) >= {"synthetic", "colour", "ours"}
     (entry,) = numbers["segment"]
     assert set(entry["tested"]) == {"synthetic", "real", "colour", "ours"}
-    assert record["epochs"] == 1 and entry["images"] == 9
-    assert record["settings"]["gan"].startswith("--steps 4 ")
+    assert record["epochs"] == 1 and record["name"] == "my study"
+    assert list(record["settings"]) == ["prepare", "pretrain", "gan", "precision"]
+    assert list(numbers["table2"]) == ["label", "n", "weights_sha256", "device", "versions",
+                                       "rows"]
     text = report.text_of(record)
     assert "| colour |" in text and "## U-Net, 1 epochs, seed 0\n" in text
     assert (tmp_path / "my study-figure1.png").is_file()
@@ -384,10 +378,11 @@ def test_the_demo_ends_in_one_picture(tmp_path, monkeypatch, capsys):
     assert matrix.texts[-1].get_text() == "60.0"
 
 
-@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
-def test_the_text_of_a_record_is_made_from_it(path):
-    text = path.with_suffix(".md").read_text(encoding="utf-8")
-    assert report.text_of(json.loads(path.read_text(encoding="utf-8"))) == text
+def test_the_text_of_a_record_is_made_from_it():
+    for path in RECORDS:
+        text = path.with_suffix(".md").read_text(encoding="utf-8")
+        assert report.text_of(json.loads(path.read_text(encoding="utf-8"))) == text, path
+    assert RECORDS
 
 
 def test_the_readmes_tables_are_the_records():
@@ -397,8 +392,3 @@ def test_the_readmes_tables_are_the_records():
     text, _ = README.read_text(encoding="utf-8").split("## An earlier study")
     rows = re.findall(r"^\|.*\d\.\d.*$", text, re.M)
     assert len(rows) > 20 and not [row for row in rows if row not in written]
-
-
-def test_the_study_is_small():
-    sizes = [path.stat().st_size for path in (ROOT / "study/results").iterdir()]
-    assert len(sizes) <= 30 and sum(sizes) <= 3e6
