@@ -14,8 +14,8 @@ PY := .venv/bin/python
 .PHONY: demo test bench study paper stages
 
 test: .venv/installed                     # in two halves, side by side
-	@log=$$(mktemp); $(PY) -m pytest -q tests/test_[l-z]*.py > $$log 2>&1 & other=$$!; \
-	$(PY) -m pytest -q tests/test_[a-k]*.py; status=$$?; \
+	@log=$$(mktemp); $(PY) -m pytest -q tests/test_[k-z]*.py > $$log 2>&1 & other=$$!; \
+	$(PY) -m pytest -q tests/test_[a-j]*.py; status=$$?; \
 	wait $$other || status=1; cat $$log; rm $$log; exit $$status
 
 bench: .venv/installed
