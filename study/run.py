@@ -3,7 +3,7 @@
 A row makes a domain folder: by stages 2 to 4 (R and D learn anew for every seed), or by a filter.
 evaluate.py then scores all of them, and segment.py trains a network on each.
 
-Reads   a GTA-V and a Cityscapes folder or others (--prepare), or a prepared folder (--data)
+Reads   a GTA-V and a Cityscapes folder, or others (--prepare)
 Writes  runs/study/NAME/seedN/{data,runs,results}/   large; laid out as a user's own folders are
         study/results/NAME.json                      the numbers; study.report makes tables of it
         study/results/NAME-figure1.png               Figure 1 of ours, seed 0
@@ -142,17 +142,16 @@ def make_row(name, seed, folder, args, history):
     return history
 
 
-def run_seed(seed, data, history, args):
-    """All rows of a seed, then their scores and the segmentation networks."""
+def run_seed(seed, history, args):
+    """All rows of a seed, then their scores and the segmentation networks. history: the command
+    that has prepared the data, in a list."""
     folder = args.base / f"seed{seed}"
     lock(folder)
     (folder / "data").mkdir(exist_ok=True)
     for name in GIVEN:
         link = folder / "data" / name
-        if not os.path.lexists(link):
-            link.symlink_to((data / name).resolve())
-        if link.resolve() != (data / name).resolve():
-            raise UserError(f"{link}: is of other data; choose another name for this study")
+        if not link.is_symlink():
+            link.symlink_to(f"../../data/{name}")
     made = list(history)
     for name in args.rows:
         made += make_row(name, seed, folder, args, history)
@@ -168,15 +167,6 @@ def run_seed(seed, data, history, args):
         once(folder / f"stamps/{network}-{epochs}", command,
              "\n".join([*made, shlex.join(command)]))
         write_record(args)
-
-
-def prepare(args):
-    """The prepared folder that all seeds share, and the command that made it."""
-    if args.data:
-        return args.data, [f"data: {args.data}"]
-    command = ["prepare.py", "--out", f"{args.base}/data", *shlex.split(args.prepare)]
-    once(args.base / "stamps/prepare", command, shlex.join(command))
-    return args.base / "data", [shlex.join(command)]
 
 
 # ----------------------------------------------------------------------------- the record
@@ -212,8 +202,7 @@ def write_record(args):
 def arguments():
     p = parser(__doc__)
     p.add_argument("name", help="of the study: its folder in runs/study, its record")
-    p.add_argument("--prepare", default="", help="flags of prepare.py, in one string")
-    p.add_argument("--data", type=path_of, help="a prepared folder, instead of --prepare")
+    p.add_argument("--prepare", required=True, help="flags of prepare.py, in one string")
     add_inception_flag(p)
     p.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="all of it for each")
     p.add_argument("--rows", choices=ROWS, nargs="+", default=list(ROWS), metavar="ROW",
@@ -231,23 +220,18 @@ def arguments():
     p.add_argument("--base", type=path_of, help="where the runs lie (default: runs/study/NAME)")
     p.add_argument("--results", type=path_of, default=ROOT / "study/results", help="of the record")
     args = p.parse_args()
-    if bool(args.prepare) == bool(args.data):
-        p.error("give --prepare FLAGS or --data FOLDER, one of the two")
     args.base = args.base or Path("runs/study") / args.name
     return args
 
 
 def main():
     args = arguments()
-    source = args.data or f"prepare.py {args.prepare}"
-    print(f"study.run: reads {source}; writes {args.base}/ and {args.results}/{args.name}.json",
-          flush=True)
-    data, history = prepare(args)
-    for name in GIVEN:
-        if not (data / name / "train").is_dir():
-            raise UserError(f"{data / name}: no train/ in it; --data wants what prepare.py made")
+    print(f"study.run: reads prepare.py {args.prepare}; writes {args.base}/ and "
+          f"{args.results}/{args.name}.json", flush=True)
+    prepare = ["prepare.py", "--out", f"{args.base}/data", *shlex.split(args.prepare)]
+    once(args.base / "stamps/prepare", prepare, shlex.join(prepare))
     for seed in args.seeds:
-        run_seed(seed, data, history, args)
+        run_seed(seed, [shlex.join(prepare)], args)
     print(f"done: {args.results}/{args.name}.json; python -m study.report {args.name} makes the "
           "tables")
 

@@ -165,8 +165,6 @@ MISTAKES = [
     ("segment.py --lr inf", "--lr above 0"),
     ("segment.py --data good --backbone-weights none.pt", "--backbone-weights none.pt"),
     ("study.run tiny", "--prepare"),
-    ("study.run x --prepare y --data z", "one of the two"),
-    ("study.run tiny --data no", "no/synthetic"),
     ("study.report no --results .", "no.json"),
     ("study.bench --only speed", "invalid choice: 'speed'"),
     ("study.colour --data no", "no/synthetic"),

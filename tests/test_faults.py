@@ -9,7 +9,7 @@ from conftest import call
 import prepare
 from prepare import read_record
 from support import cli
-from support.cli import UserError, lock, whole
+from support.cli import UserError, lock, whole, write_text
 
 GAN = ["--batch-size", 4, "--sample-every", 2, "--save-every", 2]
 
@@ -43,13 +43,14 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
 @pytest.mark.parametrize("folder, command", [
     ("runs/ours", ["pretrain.py", "--method", "simgan", "--run", "runs/ours", "--overwrite"]),
     ("runs/ours", ["train_gan.py"]), ("data", ["prepare.py", "--demo"]),
-    ("base/seed0", ["study/run.py", "x", "--data", "data", "--base", "base", "--seeds", 0, "--rows",
+    ("base/seed0", ["study/run.py", "x", "--prepare", "a", "--base", "base", "--seeds", 0, "--rows",
                     "real", "--inception", "random", "--epochs", 1, "--curve", "--deeplab"]),
     ("data/new", ["refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "data/new"]),
     ("new", ["refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "new", "--images",
              "data/real/test/images"])])
 def test_every_stage_that_writes_keeps_out_of_a_locked_folder(fresh, folder, command):
     lock(fresh / folder)
+    write_text(fresh / "base/stamps/prepare", "prepare.py --out base/data a")    # done, for study
     before = sorted(fresh.rglob("*"))
     _, err = call(*command, cwd=fresh, status=2)
     assert f"error: {folder}: another process" in err

@@ -159,9 +159,9 @@ def parsed(monkeypatch, stage, flags):
 def study(tmp_path, monkeypatch):
     """A study whose commands are noted, not run; what they make is there as empty files."""
     for domain in run.GIVEN:
-        (tmp_path / "data" / domain / "train").mkdir(parents=True)
+        (tmp_path / "runs/data" / domain / "train").mkdir(parents=True)
     args = parsed(monkeypatch, "study.run", shlex.split(
-        f"test --data {tmp_path}/data --base {tmp_path}/runs --results {tmp_path} "
+        f"test --prepare x --base {tmp_path}/runs --results {tmp_path} "
         "--precision tf32"))
     found = SimpleNamespace(args=args, base=tmp_path / "runs", asked=[], fails=None)
 
@@ -180,7 +180,7 @@ def study(tmp_path, monkeypatch):
 
 def run_seed(study, seed, history="data"):
     study.asked = []
-    run.run_seed(seed, study.args.data, [history], study.args)
+    run.run_seed(seed, [history], study.args)
     return study.asked
 
 
@@ -241,9 +241,6 @@ def test_what_is_finished_is_not_run_again(study, monkeypatch):
     assert [command[0] for command in run_seed(study, 0)] == [          # one row, not the last
         "train_gan.py", "refine.py", "evaluate.py", *["segment.py"] * 3]
     assert run_seed(study, 0, "prepared anew")[0][:2] == ["-m", "study.colour"]
-    for data in (study.base, study.args.data.rename(study.base / "moved")):
-        with pytest.raises(UserError, match="is of other data"):
-            run.run_seed(0, data, ["data"], study.args)
 
 
 def test_rows_that_differ_later_share_what_comes_before(study, monkeypatch):
