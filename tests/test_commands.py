@@ -241,7 +241,7 @@ def test_the_readmes_result_is_the_studys():
     record = (ROOT / "study/results/game-80x160.md").read_text(encoding="utf-8")
     table = re.search(r"\| trained on \| mIoU on real .*?\n\n", readme, re.S)[0]
     table = table.strip().splitlines()[2:]
-    assert [line.split()[1] for line in table] == ["synthetic", "ours", "real"]
+    assert [line.split()[1] for line in table] == ["synthetic", "colour", "ours", "real"]
     for line in table:
         name, miou, accuracy = line.strip("| ").split(" | ")
         rows = [row.split(" | ") for row in record.splitlines() if row.startswith(f"| {name} |")]
