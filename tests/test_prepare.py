@@ -259,6 +259,7 @@ def test_the_table_of_bad_input(tmp_path):
         (line,) = [x for x in skipped if f"/{stem}." in x.split(": ")[0]]
         assert all(word in line for word in words.split()), line
     assert text.count("\nskipped ") == 5 and "a domain has no labels" in text
+    assert "none of the first" not in text
     assert not any((tmp_path / "out/real").glob("*/labels/*"))
 
 

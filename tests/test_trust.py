@@ -206,6 +206,7 @@ SAME = {
         np.arange(256)[:, None] == 21, (128, 64, 128), rng.integers(0, 256, (256, 3)))),
     "GTA-V's palette": lambda ids, rng: as_palette(ids, official()),
     "no palette": lambda ids, rng: as_palette(ids, np.zeros((256, 3))),
+    "greys": lambda ids, rng: as_palette(ids, GREYS),
     "three channels": lambda ids, rng: Image.fromarray(np.stack([ids] * 3, 2)),
     "16 bits": lambda ids, rng: Image.fromarray(ids.astype(np.uint16)),
     "trainIds": lambda ids, rng: Image.fromarray(TRAIN_IDS[ids]),
