@@ -1,6 +1,6 @@
 # make demo                                  toy town, all six stages, both methods; no network
 # make test                                  the tests
-# make bench                                 how fast it is here: results/bench.md        
+# make bench                                 how fast it is here: results/bench.md
 # make paper GTA5=~/gtav CITYSCAPES=~/cs     the paper, all stages, both methods and networks
 # make study GTA5=... CITYSCAPES=...         does it work? every row of it, three seeds
 # make stages BASE=... PREPARE=... ...       the chain with settings of your own

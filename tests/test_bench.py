@@ -77,7 +77,18 @@ def test_a_row_of_the_gan_step_is_what_it_says(monkeypatch):
 
 
 def test_prepare_takes_what_the_bench_draws(monkeypatch):
+    workers, honest = [], bench.subprocess.run
     monkeypatch.setattr(bench, "FRAMES", 2)
+    monkeypatch.setattr(bench.subprocess, "run", lambda command, **how: (
+        workers.append(command[-1]), honest(command, **how)))
     table = bench.Table(CPU, 1)
     bench.bench_prepare(table, None)
-    assert len(table.rows) == 1
+    assert workers == ["2", "1"] * 2 and "--workers 2" in table.rows[0][0]
+
+
+def test_the_metrics_are_compared_to_their_usual_forms(monkeypatch):
+    monkeypatch.setattr(bench, "sqrtm_fid", lambda a, b: called.append(a.shape))
+    called, table = [], bench.Table(CPU, 1)
+    bench.bench_metrics(table, SimpleNamespace(size=[24, 48]))
+    assert [row[0] for row in table.rows] == ["SSIM, 64 pairs", "FID distance, N = 200"]
+    assert called == [(200, 2048)] * 2

@@ -408,9 +408,11 @@ def test_paths_have_a_home(tmp_path, monkeypatch):
                           ("pretrain", "data run inception"), ("evaluate", "data out inception"),
                           ("refine", "checkpoint data images out"), ("study.colour", "data out"),
                           ("segment", "data out backbone-weights"), ("study.demo", "base"),
-                          ("study.bench", "out"), ("study.report", "results")):
+                          ("study.bench", "out"), ("study.report", "results"),
+                          ("study.run", "base results inception")):
         words = [f"--{flag}=~/{flag}" for flag in flags.split()]
-        monkeypatch.setattr(sys, "argv", [script, *["x"] * (script == "study.report"), *words])
+        wanted = {"study.report": ["x"], "study.run": ["x", "--prepare", "y"]}.get(script, [])
+        monkeypatch.setattr(sys, "argv", [script, *wanted, *words])
         args = vars(importlib.import_module(script).arguments())
         for flag in flags.split():
             assert str(args[flag.replace("-", "_")]) == str(tmp_path / flag), (script, flag)
