@@ -35,7 +35,7 @@ CONTROL = "one flat colour (control)"
 # -------------------------------------------------------------------------------- the scores
 
 
-def measure(images, features, real, real_features, device):
+def measure(images, features, real, real_features):
     """The metrics of `images` against `real`: {metric: (value, leave_out values)}.
     images, real: uint8 [N, 3, H, W] or Images, image i and real i being partners for SSIM;
     features [N, 2048], or None for no FID and KID.
@@ -45,11 +45,12 @@ def measure(images, features, real, real_features, device):
         for name, metric in (("fid", fid), ("kid", kid)):
             found[name] = (metric(features, real_features),
                            leave_out(metric, features, real_features))
-    # L = 255 is the range of the images; L = 1 is most plausibly what the paper's tool was told.
+    # L = 255 is the range of the images; L = 1 is most plausibly what the paper's tool was told:
+    # there C2 is so small that float32 would round it away.
     for name, max_val in (("ssim", 255), ("ssim_range1", 1)):
         values = []
         for x, y in zip(images.split(64), real.split(64)):
-            values.append(ssim(x.to(device), y.to(device), max_val).cpu().double())
+            values.append(ssim(x.double(), y.double(), max_val))
         values = torch.cat(values)
         found[name] = (values.mean().item(),                  # its error: std / sqrt(N)
                        leave_out(torch.mean, values, groups=len(values)))
@@ -74,12 +75,11 @@ def difference(row, other):
     return result
 
 
-def compare(rows, images):
+def compare(rows):
     """Scores with their errors, and the differences: rows minus the first, ours minus simgan."""
     found = {"rows": {}, "differences": {}}
     for d, row in rows.items():
-        found["rows"][d] = {"images_sha256": sha256(images[d].split(64)),
-                            "scores": {m: with_error(*s) for m, s in row.items()}}
+        found["rows"][d] = {"scores": {m: with_error(*s) for m, s in row.items()}}
     first, *others = rows
     for a, b in [(d, first) for d in others] + [("ours", "simgan")]:
         if a in rows and b in rows:
@@ -117,7 +117,8 @@ def tables(record):
         markdown_table(["images vs real", record["label"], *columns, "paper FID", "paper SSIM"],
                        rows), "",
         f"N = {record['n']} images on both sides of every row; ± is one standard error "
-        "(jackknife) at this N: FID's bias is not in it.", "",
+        "(jackknife) over these. FID's bias is not in it, nor what another seed of R would "
+        "change.", "",
         markdown_table(["difference", "FID", *columns], differences), "",
         "Paired: the same real images and, where both have them, the same scenes. In brackets: "
         "0 is in the 95 % interval (which one in 20 misses by chance).", ""])
@@ -218,14 +219,13 @@ def main():
     # 3. The rows of Table 2, and two controls.
     rows = {}
     for d, x in images.items():
-        rows[d] = measure(x, features[d], partners, features["real"], device)
-    rows[CONTROL] = measure(flat, None, partners, None, device)
+        rows[d] = measure(x, features[d], partners, features["real"])
+    rows[CONTROL] = measure(flat, None, partners, None)
 
     # 4. The report.
     record = {**provenance(args, device), "label": label, "weights_sha256": weights,
               "resize": "bilinear to 299 x 299, align_corners=False, no antialias",
-              "n": len(partners), "real_sha256": sha256(partners.split(64))}
-    record |= compare(rows, {**images, CONTROL: flat})
+              "n": len(partners), **compare(rows)}
     write_json(args.out / "table2.json", record)
     write_text(args.out / "table2.md", tables(record))
     print(tables(record))

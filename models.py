@@ -251,15 +251,13 @@ def ssim(x, y, max_val=255):
         (mu_x^2 + mu_y^2 + C1) (sigma_x^2 + sigma_y^2 + C2)            C1, C2 = (.01 L)^2, (.03 L)^2
 
     Equals `tf.image.ssim` on uint8: moments under a Gaussian window of 11 x 11, sigma 1.5, only
-    where it lies inside the image; then the mean over positions and channels. float64 stays
-    float64, all else becomes float32. Raises ValueError for images under 11 x 11 or of unequal
-    shape.
+    where it lies inside the image; then the mean over positions and channels. Raises ValueError
+    for images under 11 x 11 or of unequal shape.
     """
     if x.shape != y.shape or x.shape[-2] < 11 or x.shape[-1] < 11:
         raise ValueError(f"ssim wants equal shapes of 11 x 11 or more, "
                          f"not {tuple(x.shape)} and {tuple(y.shape)}")
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x, y = x.to(dtype) / max_val, y.to(dtype) / max_val        # now L = 1
+    x, y = x / max_val, y / max_val                            # now L = 1
     C1, C2 = 0.01 ** 2, 0.03 ** 2
     mu_x, mu_y = gaussian_mean(x), gaussian_mean(y)
     sigma_xx_yy = gaussian_mean(x * x + y * y) - mu_x ** 2 - mu_y ** 2

@@ -183,28 +183,18 @@ def plan(args):
 
 
 class Made(NamedTuple):
-    """What came of a frame: pixels a class, int [classes + 1], the last is void; the highest
-    labelId in it, if that is what it holds; or why it was skipped."""
+    """What came of a frame: pixels a class, int [classes + 1], the last is void; or why it was
+    skipped."""
     pixels: np.ndarray | None = None
-    highest: int = 255
     why: str | None = None
-
-
-def crop_and_resize(image, crop, size, resample):
-    """Cut (top, left, height, width) out of a PIL image and resize it to (height, width)."""
-    if crop:
-        (top, left), (height, width) = crop[:2], crop[2:]
-        image = image.crop((left, top, left + width, top + height))
-    return image.resize((size[1], size[0]), resample)
 
 
 def save_pair(folder, name, image, label, args):
     """Write one prepared pair; return its pixels per class, int [classes + 1], the last is void."""
     write_png(folder / "images" / f"{name}.png", image)
-    count, pixels = len(args.table), np.zeros(len(args.table) + 1, np.int64)
+    pixels = np.zeros(len(args.table) + 1, np.int64)
     if label is not None:
-        found = np.array(label.histogram())                   # how many pixels have each value
-        pixels = np.append(found[:count], found[IGNORE])
+        pixels = np.array(label.histogram())[[*range(len(args.table)), IGNORE]]
         label.putpalette(palette_of(args.table).ravel().tolist())
         write_png(folder / "labels" / f"{name}.png", label)
     return pixels
@@ -212,16 +202,17 @@ def save_pair(folder, name, image, label, args):
 
 def make_frame(frame, folder, args):
     """Prepare one raw frame; returns a Made, with the reason if it is skipped."""
-    crop, highest = args.crop, 255
+    crop, size = args.crop, args.size[::-1]
+    box = crop and (crop[1], crop[0], crop[1] + crop[3], crop[0] + crop[2])    # left, top, ...
     try:
         if len(f"{frame.name}.png.tmp".encode()) > 255:
             raise ValueError("its name is too long, with its folders, for a file system")
         image, label = read_rgb(frame.image, labelled=bool(frame.label)), None
         if frame.label:
-            label, highest = read_label(frame.label, frame.ids or "labelIds", args.table)
+            label = read_label(frame.label, frame.ids or "labelIds", args.table)
             if label.size != image.size:
                 raise ValueError("image is {}x{}, label is {}x{}".format(*image.size, *label.size))
-        if crop and (crop[0] + crop[2] > image.height or crop[1] + crop[3] > image.width):
+        if box and (box[2] > image.width or box[3] > image.height):
             raise ValueError(f"--crop {' '.join(map(str, crop))} does not fit into "
                              f"{image.width}x{image.height}; try --crop none")
     except UNREADABLE as error:
@@ -229,10 +220,10 @@ def make_frame(frame, folder, args):
             raise UserError(f"{frame.image}: {error} (--strict)") from None
         return Made(why=str(error))
     # Antialias the image (BILINEAR of PIL does), or the stride shows as a style of its own.
-    image = crop_and_resize(image, crop, args.size, Image.BILINEAR)
+    image = image.crop(box).resize(size, Image.BILINEAR)
     if label:
-        label = crop_and_resize(label, crop, args.size, Image.NEAREST)
-    return Made(save_pair(folder, frame.name, image, label, args), highest)
+        label = label.crop(box).resize(size, Image.NEAREST)
+    return Made(save_pair(folder, frame.name, image, label, args))
 
 
 def make_toy(frame, folder, args):

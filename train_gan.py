@@ -22,6 +22,7 @@ import copy
 import math
 import shutil
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -78,9 +79,9 @@ class BestStep:
     def __init__(self):
         self.step, self.score, self.refiner = 0, -math.inf, {}
 
-    def look(self, R, step, recent):
-        """Keep R if it scores higher than all before; recent: means of the log's last rows."""
-        score = recent["d_loss_refined"] - recent["d_loss_real"] - recent["loss_adv"]
+    def look(self, R, step, rows):
+        """Keep R if it scores higher than all before; rows: of the log, since the last look."""
+        score = fmean(row["d_loss_refined"] - row["d_loss_real"] - row["loss_adv"] for row in rows)
         if score > self.score:
             self.step, self.score = step, score
             self.refiner = copy.deepcopy(R.state_dict())
@@ -213,8 +214,8 @@ def load_checkpoints(args):
     if not pretrained["finished"]:
         raise UserError(f"{args.run / 'pretrain.pt'}: stopped at step {pretrained['step']}; "
                         "finish it with pretrain.py --resume")
-    if saved:
-        check_steps(args.run / "last.pt", saved, args)
+    if saved and saved["step"] <= args.steps:                 # a run may be taken further
+        saved["settings"]["steps"] = str(args.steps)
     return saved, pretrained
 
 
@@ -224,19 +225,6 @@ def load_data(folder):
     x, y = load_images(folder / "synthetic/test"), load_images(folder / "real/test")
     n = min(64, len(x), len(y))
     return synthetic, real, (x[:n], y[:n])
-
-
-def check_steps(path, saved, args):
-    """Another --steps may be asked for if until here the run would have been the same with it."""
-    done, old = saved["step"], int(saved["settings"]["steps"])
-    if args.steps < done:
-        raise UserError(f"{path}: has done {done} steps, more than --steps {args.steps}")
-    same_warm_up = min(old, args.steps) >= 2 * WARM_UP
-    same_looks = done < old or done % args.sample_every == 0   # the last step is always judged
-    if args.steps != old and not (same_warm_up and same_looks):
-        raise UserError(f"{path}: was run with --steps {old}, give it again; only a run of "
-                        f"{2 * WARM_UP} or more, a multiple of --sample-every, can go further")
-    saved["settings"]["steps"] = str(args.steps)
 
 
 # ------------------------------------------------------------------------------- the training
@@ -276,11 +264,11 @@ def train(R, D, synthetic, real, pairs, args, device, settings, saved):
         training.log({**values_R, **values_D, "history": len(history.images)})
 
         if step % args.sample_every == 0 or step == args.steps:
-            recent = training.mean(args.sample_every)         # reads the log up to this step
+            training.read()                                   # the log up to this step
             picture = args.run / f"samples/step_{step:06d}.png"
             training.rows[-1]["ssim"] = save_samples(picture, R, average, pairs, device)
             if step > min(WARM_UP, args.steps // 2):
-                best.look(R, step, recent)
+                best.look(R, step, training.rows[-args.sample_every:])
     return training.rows, best
 
 

@@ -17,7 +17,6 @@ want another NAME. --seeds or --rows does a part of the study; two commands with
 run side by side. Nothing but numbers and curves leaves runs/: street frames may not be passed on.
 """
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -42,6 +41,7 @@ ROWS = {
     "simgan": {"method": "simgan"},                          # R pre-trained by L1
     "ours": {},
     "pretrained": {"of": "ours", "checkpoint": "pretrain.pt", "segment": False},
+    "l1": {"gan": "--rec l1"},                               # Eq 4 as printed
     "as-printed": {"pretrain": "--final-relu", "gan": "--rec l1", "checkpoint": "gan.pt"},
     "finer-d": {"pretrain": "--d-stride 1"},                 # patches of 20 x 20, not 50 x 50
 }
@@ -108,9 +108,7 @@ def run(command):
     if command[0] != "-m":
         command = [str(ROOT / command[0]), *command[1:]]
     print(f"\n$ python {shlex.join(command)}", flush=True)
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    child = subprocess.Popen([sys.executable, *command],      # run() would kill it at a Ctrl-C
-                             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+    child = subprocess.Popen([sys.executable, *command])      # run() would kill it at a Ctrl-C
     if child.wait():
         raise UserError("the study stopped (see above); the same command goes on")
 

@@ -42,7 +42,8 @@ def start(main):
         main()
         sys.stdout.flush()
     except Exception as error:
-        if out_of_memory(error):
+        if isinstance(error, MemoryError) or "allocate memory" in str(error) or (
+                "out of memory" in str(error)):               # Python's, PyTorch's, CUDA's
             error = UserError("out of memory; try a smaller --batch-size or, in prepare.py, a "
                               "smaller --size or fewer --workers")
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -64,12 +65,6 @@ def start(main):
         advice = f" {stop}; --resume goes on" if str(stop) else "; run it again to go on"
         print(f"\n{Path(sys.argv[0]).name}: stopped{advice}", file=sys.stderr)
         sys.exit(130)
-
-
-def out_of_memory(error):
-    """Whether an exception is CUDA's, PyTorch's (on a CPU) or Python's want of memory."""
-    return (isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-            or "allocate memory" in str(error) or "out of memory" in str(error))
 
 
 # ------------------------------------------------------------------------ the command line

@@ -316,14 +316,6 @@ class Training:
             self.rows.append({column: row.get(column, math.nan) for column in self.columns})
         self.unread, self.clock = [], now
 
-    def mean(self, n):
-        """{column: mean over the last n rows of the log}."""
-        self.read()
-        means, rows = {}, self.rows[-n:]
-        for column in self.columns:
-            means[column] = sum(row[column] for row in rows) / len(rows)
-        return means
-
     def latest(self):
         """The first columns of the last row, for the progress bar."""
         row = [(column, v) for column, v in self.rows[-1].items() if v == v][:4]       # not nan

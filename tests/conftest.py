@@ -76,12 +76,9 @@ class Command:
             time.sleep(0.002)
 
 
-start = Command
-
-
 def call(script, *args, cwd, status=0, megabytes=None):
     """Run a script to its end, check its exit status; returns (stdout, stderr)."""
-    process = start(script, *args, cwd=cwd, megabytes=megabytes)
+    process = Command(script, *args, cwd=cwd, megabytes=megabytes)
     found, out, err = process.wait(), process.read("stdout"), process.read("stderr")
     assert found == status, f"{script} {args}: {found}\n{out}\n{err}"
     if status == 2:

@@ -14,22 +14,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import call, call_all, save_pair, start
+from conftest import Command, call, call_all, save_pair
 from PIL import Image
 from torch import nn
 
 import plain
 import segment
+import train_gan
 from models import (DeepLabV3Plus, Discriminator, Refiner, UNet, fid, inception_features,
                     kid, load_inception, ssim)
 from prepare import CLASSES, IGNORE, PALETTE, TABLE, load_images, load_labels, names
-from support.figures import save_grid
+from support.figures import save_curves, save_grid
 
 
 @pytest.fixture(scope="module")
 def cwd(tmp_path_factory):
     """Prepared images and labels of noise, 24 x 48, none like another; each domain has its
-    brightness, real one training image more and 17 to test on; five classes, a tenth void."""
+    brightness, real one training image more and 17 to test on; four classes, a tenth void, or, of
+    every fourth image, five and none."""
     cwd, random = tmp_path_factory.mktemp("algorithm"), np.random.default_rng(0)
     for k, domain in enumerate(["synthetic", "pretrained", "simgan", "ours", "real"]):
         real = domain == "real"
@@ -38,6 +40,7 @@ def cwd(tmp_path_factory):
                 image = random.integers(0, 120, (24, 48, 3), np.uint8) + np.uint8(130 - 30 * k)
                 label = np.uint8([0, 3, 8, 10, 13])[random.integers(0, 19, (24, 48), np.uint8) % 5]
                 label[random.random(label.shape) < 0.1] = IGNORE
+                label[label == (IGNORE if i % 4 == 3 else 13)] = 8     # the most classes, no void
                 save_pair(cwd / "data" / domain / split, f"{i:02d}", image, label)
     return cwd
 
@@ -75,12 +78,13 @@ def begin(script, where, settings, cwd, stop_at):
     for name, value in settings.items():
         args += ["--" + name.replace("_", "-")] + ([] if value is True else [value])
     if stop_at:
-        process = start(*args, "--save-every", 2, cwd=cwd)
+        process = Command(*args, "--save-every", 2, cwd=cwd)
         process.wait_for(stop_at.exists)
         process.terminate()
         assert process.wait() == 130, f"{script} ended before it could be stopped"
+        assert "; --resume goes on" in process.read("stderr")
         args.append("--resume")
-    return start(*args, cwd=cwd)
+    return Command(*args, cwd=cwd)
 
 
 def compare(log, columns, wanted, weights):
@@ -95,24 +99,8 @@ def compare(log, columns, wanted, weights):
     return rows
 
 
-def shows(file, *rows):
-    """Whether a picture is these rows of uint8 images, enlarged, behind their captions."""
-    picture, scale = np.array(Image.open(file)), max(1, 160 // rows[0].shape[3])
-    height, width = (n * scale + 4 for n in rows[0].shape[2:])
-    left = picture.shape[1] - width * len(rows[0])
-    for i, row in enumerate(rows):
-        if picture[i * height:(i + 1) * height, :left].min() > 100:
-            return False                                     # no caption
-        for j, image in enumerate(row):
-            large = image.permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
-            place = picture[i * height + 2:(i + 1) * height - 2, left + j * width:][:, :width - 4]
-            if not np.array_equal(place, large):
-                return False
-    return picture.shape[0] == height * len(rows)
-
-
 def drawn(file, rows):
-    """Whether a picture is this grid, captions included; what a grid looks like: `shows`."""
+    """Whether a picture is this grid, captions included; what a grid looks like: section 6."""
     save_grid(file.with_suffix(".wanted"), rows)
     return file.read_bytes() == file.with_suffix(".wanted").read_bytes()
 
@@ -156,6 +144,9 @@ def test_training_is_the_papers(name, cwd):
         f"R at the best step by the paper's rule, {step}, which gan.pt says is {chosen['step']}":
             (chosen["refiner"], best)})
     assert (last["step"], averaged["step"], chosen["step"]) == (len(log), len(log), step)
+    rows_of_last = [dict(zip(train_gan.COLUMNS, row)) for row in last["log"]]
+    save_curves(run / "wanted.png", rows_of_last, gan["sample_every"], step)
+    assert (run / "curves.png").read_bytes() == (run / "wanted.png").read_bytes()
     for step, row in enumerate(rows, 1):
         looks = step % gan["sample_every"] == 0 or step == len(rows)
         assert (row["ssim"] != "nan") == looks, f"step {step}"
@@ -261,7 +252,8 @@ def test_segmentation_trainings_differ_in_data_and_seed_only(cwd):
     def coloured(labels):
         return torch.from_numpy(PALETTE[labels.numpy()]).permute(0, 3, 1, 2)
     real = cwd / "data/real/test"
-    seen, table7 = load_images(real)[:3], [coloured(load_labels(real)[:3])]
+    seen, truth = load_images(real)[3:12:4], load_labels(real)[3:12:4]    # with most classes
+    table7 = {"real test image": seen, "ground truth": coloured(truth)}
     out, _ = call("segment.py", "--network", "unet", "--epochs", 2, "--batch-size", 4, "--seeds",
                   0, 1, "--seed", 3, "--train", *ROWS, cwd=cwd)
     for seed, table in check_tables(cwd / "results", out).items():
@@ -280,8 +272,9 @@ def test_segmentation_trainings_differ_in_data_and_seed_only(cwd):
             if seed == "0":
                 with torch.no_grad():
                     predicted = net(plain.as_input(seen)).argmax(1)
-                table7 += [x[chosen][:3], coloured(predicted)]
-    assert shows(cwd / "results/table7.png", seen, *table7), "Table 7 shows something else"
+                table7 |= {f"{trained}: a training image": x[chosen][:3],
+                           f"{trained}: U-Net": coloured(predicted)}
+    assert drawn(cwd / "results/table7.png", table7), "Table 7 shows something else"
 
 
 # ------------------------------------------------------------------------------- 4. Table 2
@@ -548,26 +541,17 @@ def test_tables_3_to_6_show_the_papers_numbers(tmp_path, monkeypatch):
             assert found == {row: texts[place] for row, texts in wanted.items()}, network
 
 
-def test_wide_images_are_shown_as_they_are(tmp_path):
-    x = torch.randint(0, 256, (2, 3, 16, 170), dtype=torch.uint8)
+@pytest.mark.parametrize("width, scale", [(48, 3), (170, 1)])
+def test_a_grid_shows_images_behind_captions(tmp_path, width, scale):
+    """Small ones enlarged."""
+    x = torch.randint(0, 256, (2, 3, 16, width), dtype=torch.uint8)
     save_grid(tmp_path / "a.png", {"wide": x, "again": x.flip(0)})
-    assert shows(tmp_path / "a.png", x, x.flip(0))
-
-
-def test_table7_shows_the_test_images_with_most_classes(tmp_path, monkeypatch):
-    """Under each its ground truth and what was predicted, in Cityscapes' colours."""
-    drawn = {}
-    monkeypatch.setattr(segment, "save_grid", lambda _, rows: drawn.update(rows))
-    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 2, 4)
-    labels = torch.zeros(5, 2, 4, dtype=torch.uint8)
-    labels[1, 0, 1], labels[3, 0, :3], labels[4, 1, 2] = 7, torch.tensor([1, 2, 255]), 8
-    data = {("real", "test"): (images, labels), ("ours", "train"): (images + 9, labels)}
-    segment.draw_table7(tmp_path / "a.png", data, {"unet": {"ours": labels.flip(-1)}}, TABLE)
-    shown = [3, 1, 4]                                 # 4, 2 and 2 classes, in order among equals
-    assert list(drawn) == ["real test image", "ground truth", "ours: a training image",
-                           "ours: U-Net"]
-    image, truth, training, predicted = drawn.values()
-    assert torch.equal(image, images[shown]) and torch.equal(training, images[:3] + 9)
-    for i, number in enumerate(shown):
-        wanted = torch.from_numpy(PALETTE[labels[number]]).permute(2, 0, 1)
-        assert torch.equal(truth[i], wanted) and torch.equal(predicted[i], wanted.flip(-1))
+    picture, left = np.array(Image.open(tmp_path / "a.png")), 12 + 7 * len("again")
+    assert picture.shape == (2 * (16 * scale + 4), left + 2 * (width * scale + 4), 3)
+    for i, row in enumerate((x, x.flip(0))):
+        line = picture[i * (16 * scale + 4):][:16 * scale + 4]
+        assert line[:, :left].min() < 100, "no caption"
+        for j, image in enumerate(row):
+            large = image.permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
+            place = line[2:-2, left + j * (width * scale + 4):][:, :width * scale]
+            assert np.array_equal(place, large)

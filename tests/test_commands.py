@@ -87,6 +87,8 @@ MISTAKES = [
     ("prepare.py --synthetic deep --real ok --test 1", "deep/x/00.png deep/x_00.png become rename"),
     ("prepare.py --synthetic cs --real ok --test 1", "cs: cs/gtFine; give cs/leftImg8bit"),
     ("prepare.py --synthetic mixed --real ok --test 1", "mixed/00_gtFine_color.png: label"),
+    ("prepare.py --gta5 ok --real ok --out ok/x", "--out ok/x lies in ok"),
+    ("prepare.py --cityscapes cs --synthetic ok --out cs/x", "--out cs/x lies in cs"),
     (f"{BOTH} --test 4", "--test 4 frames"),
     (f"{BOTH} --test 0", "--test above 0"),
     (f"{BOTH} --limit -3", "--limit -3"),
@@ -114,6 +116,7 @@ MISTAKES = [
     ("pretrain.py --lr -1", "--lr above 0"),
     ("train_gan.py --alpha -1", "--alpha negative"),
     ("train_gan.py", "runs/ours/pretrain.pt pretrain.py"),
+    ("train_gan.py --run stopped", "stopped/pretrain.pt: step 1; pretrain.py --resume"),
     ("train_gan.py --resume", "last.pt --resume"),
     ("refine.py", "runs/ours/average.pt train_gan.py"),
     ("refine.py --checkpoint broken.pt", "--checkpoint --out"),
@@ -141,6 +144,8 @@ MISTAKES = [
     ("refine.py --checkpoint segment.pt --out new", "segment.pt: average, segment; train_gan.py"),
     ("refine.py --batch-size -1", "--batch-size above 0"),
     ("pretrain.py --data good --inception nowhere.pt", "--inception nowhere.pt"),
+    ("pretrain.py --data good --inception random --layer fc",
+     "--layer fc: Conv2d_1a_3x3, Mixed_7c, pool3"),
     ("pretrain.py --d-lr nan", "--d-lr above 0"),
     ("pretrain.py --d-optimizer rmsprop", "--d-optimizer"),
     ("pretrain.py --data floor", "floor/real/train: floor/synthetic/train 24 48 32 64"),
@@ -171,22 +176,17 @@ MISTAKES = [
 ]
 
 
-class Evil:
-    """A pickle that would create a file when it is loaded."""
-
-    def __reduce__(self):
-        return os.system, ("touch was_run",)
-
-
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("empty")
     (cwd / "broken.pt").write_bytes(b"half of a checkpoint")
-    torch.save(Evil(), cwd / "evil.pt")
+    (cwd / "evil.pt").write_bytes(b"cos\nsystem\n(S'touch was_run'\ntR.")      # a pickle
     torch.save(torch.zeros(3), cwd / "tensor.pt")
     refiner = Refiner()
     states = {"pretrain": dict(refiner_args=refiner.args, refiner=refiner.state_dict(), step=1),
+              "stopped/pretrain": dict(stage="pretrain", finished=False, step=1),
               "segment": {}, "old": dict(stage="best", refiner_args={}, refiner={}, step=1)}
+    (cwd / "stopped").mkdir()
     for name, state in states.items():
         torch.save({"stage": name, **state}, cwd / f"{name}.pt")
     for folder, size, count in (("good/real", (24, 48), 5), ("sizes/real", (24, 48), 5),

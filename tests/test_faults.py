@@ -1,5 +1,4 @@
 """What a machine or a second process can do to a run: full disk, lock, memory, damaged files."""
-import json
 import sys
 
 import pytest
@@ -10,22 +9,6 @@ import prepare
 from prepare import read_record
 from support import cli
 from support.cli import UserError, lock, whole, write_text
-
-GAN = ["--batch-size", 4, "--sample-every", 2, "--save-every", 2]
-
-
-# ------------------------------------------------------------------------------ a full disk
-
-
-def test_a_full_disk_keeps_what_was_saved(fresh):
-    """The save of a run fails: one line, status 2, the old files whole, no rest of a broken one."""
-    call("train_gan.py", "--steps", 4, *GAN, cwd=fresh)
-    run = fresh / "runs/ours"
-    before = {p: p.read_bytes() for p in run.glob("*.pt*")}
-    _, err = call("train_gan.py", "--steps", 4, *GAN, "--overwrite", cwd=fresh, status=2,
-                  megabytes=0.5)
-    assert "average.pt: cannot be written, is the disk full?" in err
-    assert {p: p.read_bytes() for p in run.glob("*.pt*")} == before and len(before) == 4
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
@@ -60,14 +43,13 @@ def test_every_stage_that_writes_keeps_out_of_a_locked_folder(fresh, folder, com
 # ------------------------------------------------------------------------ memory and damage
 
 
-class InductorError(RuntimeError):
-    """What torch.compile raises where there is no compiler (tried with CXX=no-such-compiler)."""
-    __module__ = "torch._inductor.exc"                         # not in every PyTorch
+# What torch.compile raises where there is no compiler; not in every PyTorch.
+InductorError = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
 
 
 @pytest.mark.parametrize("error, words", [
     (MemoryError(), ["--batch-size", "--size"]),
-    (torch.OutOfMemoryError("Tried to allocate 2.00 GiB"), ["--batch-size"]),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), ["--batch-size"]),
     (RuntimeError("MPS backend out of memory"), ["--batch-size"]),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
      ["--batch-size"]), (InductorError("No C++ compiler"), ["--compile does not work here"]),
@@ -99,4 +81,3 @@ def test_a_worker_that_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--demo", "--out", str(tmp_path / "d")])
     with pytest.raises(UserError, match="--workers"):
         prepare.main()
-    assert not json.loads((tmp_path / "d/prepare.json").read_text())["finished"]

@@ -33,9 +33,9 @@ def test_there_is_no_gan_pt_without_a_best_step(tmp_path):
 
 
 def test_of_two_equal_steps_the_first_is_the_best():
-    best, means = train_gan.BestStep(), {"d_loss_refined": 1, "d_loss_real": 2, "loss_adv": 3}
+    best, row = train_gan.BestStep(), {"d_loss_refined": 1, "d_loss_real": 2, "loss_adv": 3}
     for step in (5, 6):
-        best.look(Refiner(4, 1), step, means)
+        best.look(Refiner(4, 1), step, [row])
     assert (best.step, best.score) == (5, -4)
 
 
@@ -43,13 +43,13 @@ def test_of_two_equal_steps_the_first_is_the_best():
 def test_a_short_run_is_averaged_over_less(steps, average, monkeypatch):
     """Not over its first steps, in which R leaps."""
     monkeypatch.setattr(sys, "argv", ["train_gan.py", "--steps", str(steps), "--alpha", "0"])
-    assert train_gan.arguments().average == average
+    assert train_gan.arguments().average == average and train_gan.WARM_UP == 1000
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh):
     out, _ = call("train_gan.py", "--steps", 3, *GAN, cwd=fresh)
     assert "best step by the paper's rule: 3 of 3" in out
-    before = (fresh / "runs/ours/last.pt").read_bytes()
+    before = {p: p.read_bytes() for p in fresh.glob("runs/ours/*.pt*")}
     _, err = call("train_gan.py", "--steps", 3, *GAN, cwd=fresh, status=2)
     assert "--resume" in err and "--overwrite" in err
     _, err = call("train_gan.py", "--steps", 3, *GAN, "--alpha", 1, "--resume", cwd=fresh,
@@ -57,10 +57,14 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh):
     assert "alpha" in err and "50" in err
     call("train_gan.py", "--steps", 3, *GAN, "--alpha", 50, "--resume", "--overwrite", "--device",
          "cpu", cwd=fresh)                                      # 50.0 is 50; --resume comes first
-    assert (fresh / "runs/ours/last.pt").read_bytes() == before
+    _, err = call("train_gan.py", "--steps", 3, *GAN, "--overwrite", cwd=fresh, status=2,
+                  megabytes=0.5)
+    assert "average.pt: cannot be written, is the disk full?" in err
+    assert {p: p.read_bytes() for p in fresh.glob("runs/ours/*.pt*")} == before and len(before) == 4
     state = torch.load(fresh / "runs/ours/last.pt", weights_only=True)
     first = state["log"][0][0]
     state["log"][0].pop()                                       # of an older version
+    state["settings"]["alpha"] = "50.0"
     torch.save(state, fresh / "runs/ours/last.pt")
     _, err = call("train_gan.py", "--steps", 3, *GAN, "--resume", cwd=fresh, status=2)
     assert "last.pt: its log has other columns" in err

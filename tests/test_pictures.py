@@ -85,10 +85,11 @@ def test_a_folder_of_pictures(pictures):
         assert words in out
     before = {p: p.stat().st_ctime_ns for p in (pictures / "new").rglob("*.png")}
     (pictures / "new/4.png").unlink()
-    os.utime(pictures / "own/1.png", (1e9, 1e9))               # another file, though an older one
+    for name, time in (("1", 1e9), ("small", 4e9)):            # others, though older or newer
+        os.utime(pictures / f"own/{name}.png", (time, time))
     call(*command, cwd=pictures)
     after = {p: p.stat().st_ctime_ns for p in (pictures / "new").rglob("*.png")}
-    assert {p.name for p in before if after[p] != before[p]} == {"1.png", "4.png"}
+    assert {p.name for p in before if after[p] != before[p]} == {"1.png", "4.png", "small.png"}
     fill(pictures / "b/own", 1)                                # another folder of that name
     _, err = call("refine.py", "--checkpoint", "../one.pt", "--images", "own", "--out", "../new",
                   cwd=pictures / "b", status=2)
@@ -112,7 +113,6 @@ def test_one_picture_and_the_size_of_training(pictures):
 @pytest.mark.parametrize("flags, words", [
     (["--images", "none", "--out", "x"], "none: no picture there"),
     (["--images", "own", "--out", "own/refined"], "own/refined lies in --images"),
-    (["--images", "own/1.png", "--out", "old"], "was made with images"),
     (["--images", "own", "--out", "old", "--size", 9, 9], "was made with size"),
     (["--checkpoint", "two.pt", "--images", "own", "--out", "old"], "was made with sha256"),
     (["--data", "own", "--out", "old"], "was made with images = "),

@@ -11,10 +11,9 @@ from torchvision.datasets import Cityscapes
 
 from prepare import CLASSES, IGNORE, PALETTE, TABLE, load_images, load_labels, names
 from support.cli import UserError
-from support.raw import UNKNOWN, lookup
 
+TRAIN_ID = {label_id: i for i, (_, label_id, _) in enumerate(TABLE)}
 SMALL = ["--crop", "2", "4", "44", "56", "--size", "24", "48", "--test", "3"]
-OFFICIAL = {c.id: c.train_id for c in Cityscapes.classes if 0 <= c.train_id < 19}
 
 
 def good(*args):
@@ -35,18 +34,9 @@ def test_classes_are_those_of_cityscapes():
     official = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < 19),
                       key=lambda c: c.train_id)
     assert CLASSES == [c.name for c in official]
+    assert [label_id for _, label_id, _ in TABLE] == [c.id for c in official]
     assert PALETTE[:19].tolist() == [list(c.color) for c in official]
     assert not PALETTE[IGNORE].any()
-
-
-@pytest.mark.parametrize("ids, wanted", [
-    ("labelIds", {**dict.fromkeys([*range(35), 255], IGNORE), **OFFICIAL}),
-    ("trainIds", {**{i: i for i in range(19)}, 255: IGNORE})])
-def test_what_the_values_of_a_label_mean(ids, wanted):
-    """19 labelIds have a class; the others, polegroup (18) and licence plate (34, or -1 = 255)
-    among them, are void. All others are in no table and must be refused, not made void."""
-    found = {i: train_id for i, train_id in enumerate(lookup(ids, TABLE)) if train_id != UNKNOWN}
-    assert found == wanted
 
 
 # ------------------------------------------------------------------ the two official formats
@@ -72,13 +62,9 @@ def official(raw, out):
 def prepared(raw, tmp_path_factory):
     out = tmp_path_factory.mktemp("prepared") / "data"
     good(*official(raw, out))
-    return out
-
-
-def test_official_folders_counts(prepared):
-    """12 synthetic frames, 4 of them bad; all of train/, 3 of val/, whose fourth is not asked."""
-    said = record(prepared)
+    said = record(out)             # 12 synthetic, 4 of them bad; train/; 3 of val/, 1 not asked
     assert [*said["counts"].values(), said["not_asked"]] == [5, 3, 9, 3, 1]
+    return out
 
 
 @pytest.mark.parametrize("domain", ["synthetic", "real"])
@@ -95,7 +81,7 @@ def test_a_pair_is_shrunk_and_its_label_are_train_ids_of_the_nearest_pixel(raw, 
                 (image,), (label,) = (raw.rglob(f"{name}_{kind}.png")
                                       for kind in ("leftImg8bit", "gtFine_labelIds"))
             ids = np.array(Image.open(label))[rows][:, columns]
-            wanted = np.vectorize(lambda i: OFFICIAL.get(i, 255))(ids)
+            wanted = np.vectorize(lambda i: TRAIN_ID.get(i, 255))(ids)
             with Image.open(prepared / domain / split / "labels" / f"{name}.png") as found:
                 assert found.mode == "P" and np.array_equal(np.array(found), wanted)
                 assert np.array_equal(np.array(found.convert("RGB")), PALETTE[wanted])
@@ -232,7 +218,7 @@ FRAMES = {
     "n" * 247 + ".png": (PHOTO, LABEL, ""),
     "n" * 248 + ".png": (PHOTO, LABEL, "name too long"),
     "deep label.png": (PHOTO, DEEP, "label ids 3000"),
-    "unknown ids.png": (PHOTO, Image.new("L", (64, 48), 77), "label ids 77 are not labelIds"),
+    "unknown ids.png": (PHOTO, Image.new("L", (64, 48), 35), "label ids 35 are not labelIds"),
     "alone.png": (None, LABEL, "label without an image"),
 }
 
@@ -264,16 +250,6 @@ def test_the_table_of_bad_input(tmp_path):
 
 
 # --------------------------------------------------------------------- reading prepared folders
-
-
-def test_load_images(tmp_path):
-    """uint8 [N, 3, H, W], in the order of the names; others import it. Labels: test_trust.py."""
-    for i, name in enumerate("bac"):
-        save(tmp_path / f"images/{name}.png", noise(i))
-    images = load_images(tmp_path)
-    assert names(tmp_path) == ["a", "b", "c"] and images.dtype == torch.uint8
-    wanted = np.stack([np.array(noise(i)) for i in (1, 0, 2)])
-    assert np.array_equal(images.permute(0, 2, 3, 1), wanted)
 
 
 @pytest.mark.parametrize("record", ["real/refine.json", "prepare.json"])
