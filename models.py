@@ -3,6 +3,8 @@
 Inception V3, psi of the perceptual loss (Eq 5) and of FID, is loaded in support/inception.py.
 Images enter a network as float32 in [-1, 1], [N, 3, H, W]; everywhere else they are uint8.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -59,7 +61,7 @@ def same_pad(x, kernel, stride, value=0.0):
     """Pad [N, C, H, W] as TensorFlow's SAME does: the odd pixel goes after, not before."""
     pads = []
     for n in (x.shape[3], x.shape[2]):                    # F.pad wants the last axis first
-        total = max((-(-n // stride) - 1) * stride + kernel - n, 0)
+        total = max((math.ceil(n / stride) - 1) * stride + kernel - n, 0)
         pads += [total // 2, total - total // 2]
     return F.pad(x, pads, value=value)
 
@@ -160,7 +162,7 @@ class DeepLabV3Plus(nn.Module):
 
     def __init__(self, classes=19, backbone_weights=None):
         super().__init__()
-        b = resnet50(weights=None, replace_stride_with_dilation=[False, False, True])
+        b = resnet50(weights=None, replace_stride_with_dilation=[False, False, True])   # stride 16
         if backbone_weights:
             load_weights(b, backbone_weights, "--backbone-weights",
                          ResNet50_Weights.IMAGENET1K_V2, "none")
@@ -215,7 +217,7 @@ def fid(features_a, features_b):
     distance = (a.mean(0) - b.mean(0)).square().sum()
     a = (a - a.mean(0)) / (len(a) - 1) ** 0.5                  # now S1 = a'a and S2 = b'b
     b = (b - b.mean(0)) / (len(b) - 1) ** 0.5
-    a, b = (torch.linalg.qr(x, mode="r").R for x in (a, b))    # the same, of d rows at most
+    a, b = (torch.linalg.qr(x, mode="r").R for x in (a, b))    # a'a, b'b stay; d rows at most
     trace_sqrt = torch.linalg.svdvals(a @ b.T).sum()
     value = distance + a.square().sum() + b.square().sum() - 2 * trace_sqrt
     return max(value.item(), 0.0)                              # -1e-13 on equal sets
@@ -286,8 +288,8 @@ def window_matrix(n, like):
 
 def leave_out(metric, *sets, groups=20):
     """metric(*sets) with the i-th of `groups` left out of every set at once: float64 [groups].
-    Element k of a set is in group k mod `groups`: pairs stay pairs, and what two scores have in
-    common cancels in the difference of their values."""
+    Element k of a set is in group k mod `groups`: pairs stay pairs, so what chance does to two
+    rows alike is not in the difference of their values."""
     groups = min(groups, *map(len, sets))
     values = []
     for i in range(groups):
@@ -298,6 +300,6 @@ def leave_out(metric, *sets, groups=20):
 
 def jackknife_error(values):
     """Standard error of a score from its `leave_out` values t (delete-a-group jackknife, Shao & Tu
-    1995): Var = (g - 1) / g * sum (t_i - mean t)^2. A bootstrap's repeated images inflate FID."""
+    1995): Var = (g - 1) / g * sum (t_i - mean t)^2."""
     g = len(values)
     return ((g - 1) / g * (values - values.mean()).square().sum()).sqrt().item()

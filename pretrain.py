@@ -96,11 +96,11 @@ def summarise(path, R, x, rows, args):
     refined = R(x)
     save_grid(path, {"synthetic": to_uint8(x), "R(synthetic)": to_uint8(refined),
                      "|difference|": (to_uint8(refined).int() - to_uint8(x).int()).abs().byte()})
-    change = fmean(row["mean_change"] for row in rows[:args.steps][-50:])
-    loss = fmean(row["loss"] for row in rows[args.steps:][-50:])
-    accuracy = fmean(row["accuracy"] for row in rows[args.steps:][-50:])
+    rows_R, rows_D = rows[:args.steps][-50:], rows[args.steps:][-50:]
+    change = fmean(row["mean_change"] for row in rows_R)
+    loss, accuracy = fmean(row["loss"] for row in rows_D), fmean(row["accuracy"] for row in rows_D)
     print(f"R: mean |R(x) - x| = {change:.3f} with x in [-1, 1] (0 is the identity); D: loss "
-          f"{loss:.3f} (1.386 is guessing), accuracy {accuracy:.2f}")
+          f"{loss:.3f} (2 ln 2 = 1.386 is guessing), accuracy {accuracy:.2f}")
 
 
 def train(R, D, psi, synthetic, real, args, device, settings, saved):
@@ -141,6 +141,7 @@ def main():
     # 2. The networks: psi of Eq 5, R and D.
     psi = None
     if args.method == "ours":
+        # Images and seed are for --inception random alone.
         psi = load_inception(args.inception, args.layer, images=real, seed=args.seed)
         psi = place(psi, device)
     torch.manual_seed(args.seed)

@@ -80,7 +80,7 @@ class BestStep:
         self.step, self.score, self.refiner = 0, -math.inf, {}
 
     def look(self, R, step, rows):
-        """Keep R if it scores higher than all before; rows: of the log, since the last look."""
+        """Keep R if it scores higher than all before; rows: the last ones of the log."""
         score = fmean(row["d_loss_refined"] - row["d_loss_real"] - row["loss_adv"] for row in rows)
         if score > self.score:
             self.step, self.score = step, score
@@ -102,12 +102,12 @@ def update_R(R, D, optimizer, x, alpha, beta, rec_batch, rec="l2"):
     rec: "l1" as in Eq 4, or "l2", squares. Returns L_adv, L_rec and mean |R(x) - x|.
     """
     D.requires_grad_(False)
-    refined = R(x)                                                    # x' = R(x)
-    loss_adv = patch_loss(D(refined), REAL)                           # Eq 3: -log(1 - D(x'))
+    refined = R(x)                                              # x' = R(x)
+    loss_adv = patch_loss(D(refined), REAL)                     # Eq 3: -log(1 - D(x')), "real"
     change = (refined - x).abs().mean()
     distance = change if rec == "l1" else (refined - x).square().mean()
-    loss_rec = rec_batch * VALUES * distance                          # Eq 4 (l1), as a sum
-    loss_R = alpha * loss_adv + beta * loss_rec                       # Eq 2
+    loss_rec = rec_batch * VALUES * distance                    # Eq 4 (l1), over rec_batch images
+    loss_R = alpha * loss_adv + beta * loss_rec                 # Eq 2
     optimizer.zero_grad()
     loss_R.backward()
     optimizer.step()
@@ -139,7 +139,7 @@ def update_D(R, D, optimizer, x, y, history, n_old):
 
 @torch.no_grad()
 def refine(R, x):
-    """R(x) as an image file would hold it: [N, 3, H, W] in [-1, 1] -> uint8."""
+    """R(x) rounded as real images are, or D would know it by that: [N, 3, H, W] -> uint8."""
     return to_uint8(R(x))
 
 
@@ -214,8 +214,9 @@ def load_checkpoints(args):
     if not pretrained["finished"]:
         raise UserError(f"{args.run / 'pretrain.pt'}: stopped at step {pretrained['step']}; "
                         "finish it with pretrain.py --resume")
-    if saved and saved["step"] <= args.steps:                 # a run may be taken further
-        saved["settings"]["steps"] = str(args.steps)
+    # A run that looks for its best step from WARM_UP on may be taken further.
+    if saved and min(args.steps, int(saved["settings"]["steps"])) >= 2 * WARM_UP:
+        saved["settings"]["steps"] = str(max(args.steps, saved["step"]))
     return saved, pretrained
 
 

@@ -19,11 +19,11 @@ from support.cli import markdown_table, parser, path_of, start, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = {"mIoU": 3, "shared": 3, "accuracy": 1, "fid": 1, "kid": 1, "ssim": 3, "ssim_range1": 4}
-# What the paper says of two rows: scores on real images are higher with the first one.
+# Claims, the paper's and others: scores on real images are higher with the first row.
 CLAIMS = [("training on refined images is better than on synthetic ones", "ours", "synthetic"),
           ("the same, refined with the finer D", "finer-d", "synthetic"),
           ("the same, refined as printed", "as-printed", "synthetic"),
-          ("L_rec by squares is better than by L1, as printed", "ours", "l1"),
+          ("L_rec by squares is better than by the printed L1", "ours", "l1"),
           ("ours is better than SimGAN: the perceptual pre-training helps", "ours", "simgan"),
           ("ours is better than matched colours: it takes a GAN", "ours", "colour")]
 AIM = 40                                                     # of this repository: % of the gap
@@ -155,7 +155,7 @@ def claims_table(record, by_network):
     rows = []
     for network, by_seed in by_network.items():
         for text, one, other in CLAIMS:
-            for metric, unit in (("mIoU", ""), ("accuracy", " %")):
+            for metric, unit in (("mIoU", ""), ("accuracy", " points")):
                 found = difference(by_seed, one, other, metric)
                 if found:
                     rows.append([f"{NETWORKS[network]}: {text}", f"{metric}: {verdict(found)}",
@@ -165,12 +165,13 @@ def claims_table(record, by_network):
             rows.append([f"{NETWORKS[network]}: ours closes {AIM} % of the gap to real images (an "
                          "aim of this repository)", f"mIoU: {verdict(gap, AIM)}",
                          f"{with_interval(gap, 0)} %"])
-    for metric, name, sign in (("fid", "FID", -1), ("kid", "KID x 1000", -1),
-                               ("ssim", "SSIM (L = 255)", 1), ("ssim_range1", "SSIM (L = 1)", 1)):
+    for metric, name in (("fid", "FID"), ("kid", "KID x 1000"), ("ssim", "SSIM (L = 255)"),
+                         ("ssim_range1", "SSIM (L = 1)")):
+        effect, sign = ("lowers", -1) if metric in ("fid", "kid") else ("raises", 1)
         found = minus(quality(record, "ours", metric), quality(record, "synthetic", metric))
         if found:
-            better = verdict([sign * value for value in found])
-            rows.append(["refined images are nearer to real ones", f"{name}: {better}",
+            so = verdict([sign * value for value in found])
+            rows.append([f"refining {effect} {name}", so,
                          with_interval(found, DIGITS[metric], "+")])
     best, cases = diagonal(record, by_network)
     if cases:

@@ -336,10 +336,11 @@ def check_labels(domain, made, ids):
     given; a warning if they are nearly all void, or of one class. made: a prepare.Made of every
     frame."""
     pixels = sum(one.pixels for one in made)
-    if ids is None and pixels.any() and not pixels[7:-1].any():     # of trainIds none gets there
-        raise UserError(f"the {domain} labels: no labelId above 19 in any of them (vegetation, "
-                        "sky, person, car ...), so they look like trainIds or a mask; say which "
-                        "by --label-ids trainIds (or labelIds)")
+    # TrainIds that are read as labelIds give classes 0 to 5 only.
+    if ids is None and pixels.any() and not pixels[6:-1].any():
+        raise UserError(f"the {domain} labels: no traffic light, vegetation, sky, person, car ... "
+                        "in any of them, so they look like trainIds or a mask; say which by "
+                        "--label-ids trainIds (or labelIds)")
     kinds = np.count_nonzero(pixels[:-1])
     if pixels[-1] > 0.9 * pixels.sum() > 0 or pixels.any() and kinds < 2:
         print(f"warning: {domain}: {pixels[-1] / pixels.sum():.0%} of the pixels of its labels are "

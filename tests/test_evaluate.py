@@ -21,8 +21,8 @@ def scenes(seed):
 
 
 def test_ssim_has_the_classical_error():
-    """The mean over pairs and its s / sqrt(N), at both ranges, in float64: beside a flat image L = 1
-    leaves float32 nothing but its rounding, of either sign."""
+    """The mean over pairs and its s / sqrt(N), at both ranges. In float64: beside a flat image
+    L = 1 leaves float32 nothing but its rounding, of either sign."""
     (images, features), (real, real_features) = scenes(0), scenes(9)
     row = {m: with_error(*s) for m, s in measure(images, features, real, real_features).items()}
     for name, max_val in (("ssim", 255), ("ssim_range1", 1)):

@@ -57,6 +57,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh):
     assert "alpha" in err and "50" in err
     call("train_gan.py", "--steps", 3, *GAN, "--alpha", 50, "--resume", "--overwrite", "--device",
          "cpu", cwd=fresh)                                      # 50.0 is 50; --resume comes first
+    _, err = call("train_gan.py", "--steps", 4, *GAN, "--resume", cwd=fresh, status=2)
+    assert "was run with steps = 3, not 4" in err               # too short to go further
     _, err = call("train_gan.py", "--steps", 3, *GAN, "--overwrite", cwd=fresh, status=2,
                   megabytes=0.5)
     assert "average.pt: cannot be written, is the disk full?" in err

@@ -125,8 +125,8 @@ def test_ctrl_c_in_prepare_is_one_line(tmp_path):
 
 
 def test_a_second_signal_stops_at_once(fresh):
-    process = Command("pretrain.py", "--method", "simgan", "--batch-size", 128, "--run", "runs/twice",
-                    cwd=fresh)                                 # a step of some seconds
+    process = Command("pretrain.py", "--method", "simgan", "--batch-size", 128, "--run",
+                      "runs/twice", cwd=fresh)                 # a step of some seconds
     process.wait_for(lambda: process.read("stderr"))
     for _ in range(2):
         process.terminate()

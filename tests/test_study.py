@@ -92,9 +92,11 @@ def test_the_report_of_a_record(record, tmp_path):
 
 def test_one_seed_has_no_interval_and_what_is_missing_no_row(record):
     del record["seeds"]["1"]
+    record["seeds"]["0"]["segment"][0]["tested"]["synthetic"]["synthetic"][3][3] = 9    # no real
     text = report.text_of(record)
+    assert "nan" not in text
     assert "on synthetic ones | mIoU: cannot tell | +0.050 |" in text
-    assert "on synthetic ones | accuracy: cannot tell | +7.9 % |" in text
+    assert "on synthetic ones | accuracy: cannot tell | +7.9 points |" in text
     record["rows"]["finer-d"] = {}                             # not trained yet
     assert report.text_of(record) == text
     del record["seeds"]["0"]["segment"][0]["tested"]["synthetic"]["synthetic"]
@@ -105,13 +107,15 @@ def test_one_seed_has_no_interval_and_what_is_missing_no_row(record):
     assert report.claims_table(record, {}).count("\n") == 1    # nothing to claim
 
 
-def test_nearer_to_real_is_a_lower_fid_and_a_higher_ssim(record):
+def test_a_lower_fid_and_a_higher_ssim_are_claimed(record):
     for i, seed in enumerate(record["seeds"].values()):
         seed["table2"]["rows"]["synthetic"]["scores"]["ssim"]["value"] = 0.1
         seed["table2"]["rows"]["ours"]["scores"]["fid"]["value"] = 10 + i / 10
+        seed["table2"]["rows"]["ours"]["scores"]["kid"]["value"] = 0.01
     text = report.claims_table(record, {})
-    assert "| FID: holds | -9.9 [-10.6, -9.3] |" in text
-    assert "| SSIM (L = 255): holds | +0.150 [0.150, 0.150] |" in text
+    assert "| refining lowers FID | holds | -9.9 [-10.6, -9.3] |" in text
+    assert "| refining lowers KID x 1000 | holds | -10.0 [-10.0, -10.0] |" in text
+    assert "| refining raises SSIM (L = 255) | holds | +0.150 [0.150, 0.150]" in text
 
 
 def test_the_report_names_rows_that_there_are():
