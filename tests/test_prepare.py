@@ -119,6 +119,8 @@ def test_other_raw_frames_do_not_leak_into_an_old_folder(tmp_path):
     raw, out = fill(tmp_path / "raw", 8), tmp_path / "out"
     args = ["--synthetic", raw, "--real", raw, "--out", out, *SMALL]
     good(*args)
+    another = error_line("--synthetic", fill(tmp_path / "other", 8), *args[2:])
+    assert f"prepared with synthetic = ['{raw}'], not ['{tmp_path}/other']" in another
     fill(raw, 12)
     (raw / "00.png").write_bytes((raw / "00.png").read_bytes()[:3000])
     good(*args)
