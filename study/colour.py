@@ -3,10 +3,11 @@
 Every channel of the synthetic images gets the mean and the standard deviation that it has in the
 real ones to train on (Reinhard et al. 2001, in RGB).
 
-Reads   data/synthetic/{train,test}/{images,labels}, data/real/train/images
+Reads   data/SOURCE/{train,test}/{images,labels}, data/real/train/images
 Writes  the same names and labels, other images, into --out, as refine.py does with an R
 
-    python -m study.colour                    data/synthetic -> data/colour
+    python -m study.colour                                       data/synthetic -> data/colour
+    python -m study.colour --source ours --out data/ours-colour  after R: what R has left undone
 """
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def match(source, real):
 def arguments():
     p = parser(__doc__)
     p.add_argument("--data", type=path_of, default=Path("data"), help="what prepare.py made")
+    p.add_argument("--source", default="synthetic", help="the domain that is matched to real")
     p.add_argument("--out", type=path_of, help="(default: DATA/colour)")
     p.set_defaults(images=None, batch_size=16)                # as refine.py has them
     args = p.parse_args()
@@ -35,7 +37,7 @@ def arguments():
 
 def main():
     args = arguments()
-    real, args.data = args.data / "real", args.data / "synthetic"
+    real, args.data = args.data / "real", args.data / args.source
     print(f"study.colour: reads {args.data}/ and {real}/; writes {args.out}/", flush=True)
     record = {"checkpoint": "study.colour", "step": 0, "source": str(args.data.resolve())}
     check_out(args, record)

@@ -171,6 +171,8 @@ def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
             found[stage][flags.run.name] = flags
         elif stage == "refine":
             found[stage][flags.out.name] = flags
+        elif stage == "study.colour":
+            assert flags.source == {"colour": "synthetic", "ours-colour": "ours"}[flags.out.name]
         elif stage == "segment":
             assert flags.seeds == [seed] and flags.precision == "tf32"
             found[stage].append(flags)
@@ -208,7 +210,7 @@ def test_what_is_finished_is_not_run_again(study, monkeypatch):
     assert run_seed(study, 0) == []
     study.args.gan += " --alpha 10"
     assert {command[0] for command in run_seed(study, 0)} == {
-        "train_gan.py", "refine.py", "evaluate.py", "segment.py"}
+        "train_gan.py", "refine.py", "-m", "evaluate.py", "segment.py"}       # -m: ours-colour
     study.args.curve, study.args.deeplab = [5], ["ours"]
     assert [command[0] for command in run_seed(study, 0)] == ["segment.py"] * 2
     monkeypatch.setitem(run.ROWS, "as-printed", {**run.ROWS["as-printed"], "gan": "--rec l2"})
@@ -303,6 +305,8 @@ def test_colour_gives_the_mean_and_the_deviation_of_real(fresh, tmp_path):
                                    atol=0.03, rtol=0)
     for label in (source / "labels").iterdir():
         assert (tmp_path / "colour/train/labels" / label.name).read_bytes() == label.read_bytes()
+    call("study/colour.py", *flags, tmp_path / "same", "--source", "real", cwd=tmp_path)
+    assert torch.equal(load_images(tmp_path / "same/train"), load_images(fresh / "data/real/train"))
     _, err = call("study/colour.py", *flags, fresh / "data/synthetic", cwd=tmp_path, status=2)
     assert "not made by" in err
 
