@@ -23,6 +23,7 @@ DIGITS = {"mIoU": 3, "shared": 3, "accuracy": 1, "fid": 1, "kid": 1, "ssim": 3, 
 CLAIMS = [("training on refined images is better than on synthetic ones", "ours", "synthetic"),
           ("the same, refined with the finer D", "finer-d", "synthetic"),
           ("the same, refined as printed", "as-printed", "synthetic"),
+          ("the step of the paper's rule is better than the average", "rule", "ours"),
           ("L_rec by squares is better than by the printed L1", "ours", "l1"),
           ("ours is better than SimGAN: the perceptual pre-training helps", "ours", "simgan"),
           ("ours is better than matched colours: it takes a GAN", "ours", "colour")]

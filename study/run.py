@@ -42,6 +42,7 @@ ROWS = {
     "simgan": {"method": "simgan"},                          # R pre-trained by L1
     "ours": {},
     "ours-colour": {"of": "ours", "filter": "study.colour --source ours"},   # R, then matched
+    "rule": {"of": "ours", "checkpoint": "gan.pt"},          # of the paper's best step
     "pretrained": {"of": "ours", "checkpoint": "pretrain.pt", "segment": False},
     "l1": {"gan": "--rec l1"},                               # Eq 4 as printed
     "as-printed": {"pretrain": "--final-relu", "gan": "--rec l1", "checkpoint": "gan.pt"},

@@ -178,7 +178,7 @@ def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
             found[stage].append(flags)
     trained = {"simgan", "ours", "l1", "as-printed", "finer-d"}
     assert set(found["train_gan"]) == trained and set(found["pretrain"]) == trained - {"l1"}
-    assert set(found["refine"]) == trained | {"pretrained"}
+    assert set(found["refine"]) == trained | {"pretrained", "rule"}
     assert found["pretrain"]["finer-d"].d_stride == 1 and found["pretrain"]["ours"].d_stride == 3
     assert found["pretrain"]["as-printed"].final_relu
     assert found["train_gan"]["as-printed"].rec == "l1" and found["train_gan"]["ours"].rec == "l2"
@@ -186,7 +186,8 @@ def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
     assert found["pretrain"]["simgan"].method == "simgan"
     checkpoints = {row: flags.checkpoint.name for row, flags in found["refine"].items()}
     assert checkpoints["as-printed"] == "gan.pt" and checkpoints["ours"] == "average.pt"
-    assert found["refine"]["pretrained"].checkpoint.parent.name == "ours"
+    for row in ("pretrained", "rule"):
+        assert found["refine"][row].checkpoint.parent.name == "ours"
     asked = [f"{flags.network} {flags.epochs}" for flags in found["segment"]]
     curve = ["unet 4", "unet 8", "unet 15"] if seed == 0 else []
     assert asked == ["unet 30", *curve, "deeplabv3plus 30"]
@@ -219,9 +220,8 @@ def test_what_is_finished_is_not_run_again(study, monkeypatch):
     assert run_seed(study, 0, "prepared anew")[0][:2] == ["-m", "study.colour"]
 
 
-def test_rows_that_differ_later_share_what_comes_before(study, monkeypatch):
+def test_rows_that_differ_later_share_what_comes_before(study):
     """The same pre-training is done once; another checkpoint needs no other training."""
-    monkeypatch.setitem(run.ROWS, "rule", {"of": "ours", "checkpoint": "gan.pt"})
     study.args.rows = ["l1", "rule", "ours"]
     names = [(command[0], Path(command[command.index("--run") + 1]).name)
              for command in run_seed(study, 0) if "--run" in command]
