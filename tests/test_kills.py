@@ -95,12 +95,12 @@ def test_data_stages_killed_and_run_again(fresh, command, out):
         time.sleep(chance.uniform(0, longest))
         process.kill()
         killed = process.wait() == -signal.SIGKILL
+        time.sleep(0.3)                     # what Python needs to start: the workers end in less
         if killed and content(fresh / out) != content(fresh / "whole"):   # not after its last byte
             met += 1
             for split in (fresh / out).glob("**/t[er]*"):              # train and test
                 with pytest.raises(UserError):
                     prepare.names(split)
-        time.sleep(0.3)                     # what Python needs to start: the workers end in less
     assert met
     call(*command, out, cwd=fresh)
     whole, again = content(fresh / "whole"), content(fresh / out)
