@@ -14,7 +14,7 @@ Writes  runs/METHOD/average.pt  R averaged over the last steps: what refine.py t
     python train_gan.py --rec l1                    L_rec as the paper prints it
     python train_gan.py --method simgan             the baseline, same losses
     python train_gan.py --resume                    go on after a stop, with the same flags
-    python train_gan.py --resume --steps 8000       go further than was asked for at first
+    python train_gan.py --resume --steps 8000       go further, with a run of 2000 steps or more
 
 A step of batch 4 takes 2 s at 80 x 160 on two cores; the time is linear in images and pixels.
 """
@@ -215,8 +215,9 @@ def load_checkpoints(args):
         raise UserError(f"{args.run / 'pretrain.pt'}: stopped at step {pretrained['step']}; "
                         "finish it with pretrain.py --resume")
     # A run that looks for its best step from WARM_UP on may be taken further.
-    if saved and min(args.steps, int(saved["settings"]["steps"])) >= 2 * WARM_UP:
-        saved["settings"]["steps"] = str(max(args.steps, saved["step"]))
+    if saved and int(saved["settings"]["steps"]) >= 2 * WARM_UP:
+        if args.steps >= max(2 * WARM_UP, saved["step"]):
+            saved["settings"]["steps"] = str(args.steps)
     return saved, pretrained
 
 

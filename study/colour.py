@@ -6,8 +6,8 @@ real ones to train on (Reinhard et al. 2001, in RGB).
 Reads   data/SOURCE/{train,test}/{images,labels}, data/real/train/images
 Writes  the same names and labels, other images, into --out, as refine.py does with an R
 
-    python -m study.colour                                       data/synthetic -> data/colour
-    python -m study.colour --source ours --out data/ours-colour  after R: what R has left undone
+    python -m study.colour                    data/synthetic -> data/colour
+    python -m study.colour --source ours      data/ours -> data/ours-colour: what R has left undone
 """
 from pathlib import Path
 
@@ -28,10 +28,11 @@ def arguments():
     p = parser(__doc__)
     p.add_argument("--data", type=path_of, default=Path("data"), help="what prepare.py made")
     p.add_argument("--source", default="synthetic", help="the domain that is matched to real")
-    p.add_argument("--out", type=path_of, help="(default: DATA/colour)")
+    p.add_argument("--out", type=path_of, help="(default: DATA/colour, DATA/SOURCE-colour)")
     p.set_defaults(images=None, batch_size=16)                # as refine.py has them
     args = p.parse_args()
-    args.out = args.out or args.data / "colour"
+    args.out = args.out or args.data / {"synthetic": "colour"}.get(args.source,
+                                                                   f"{args.source}-colour")
     return args
 
 

@@ -30,7 +30,7 @@ CLAIMS = [("training on refined images is better than on synthetic ones", "ours"
 AIM = 40                                                     # of this repository: % of the gap
 NOTE = ("± is the standard deviation over the seeds, [ ] a 95 % interval of their mean (Student's "
         "t); differences are paired by seed. Each interval stands alone: of twenty, one misses by "
-        "chance.")
+        "chance. A network's score without ± is of one seed, its differences to that same seed.")
 
 
 # ----------------------------------------------------------------- numbers over the seeds

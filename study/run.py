@@ -33,15 +33,15 @@ GIVEN = ["synthetic", "real"]                                # made by prepare.p
 # The rows, in the order of the work, and what is changed in them. "pretrain", "gan": flags added
 # to those of pretrain.py, train_gan.py. "method": simgan, if not ours. "checkpoint": what refine.py
 # takes, if not average.pt; "of": of that row's training, which is not done again. "filter": images
-# made by that module with its flags, of those of the row "of", if any. "segment": False, if no
-# network is trained on the row.
+# made by that module, of those of the row "of", if any. "segment": False, if no network is trained
+# on the row.
 ROWS = {
     "synthetic": {},
     "real": {},
     "colour": {"filter": "study.colour"},                    # no R: the channels matched to real
     "simgan": {"method": "simgan"},                          # R pre-trained by L1
     "ours": {},
-    "ours-colour": {"of": "ours", "filter": "study.colour --source ours"},   # R, then matched
+    "ours-colour": {"of": "ours", "filter": "study.colour"},     # R, then matched
     "rule": {"of": "ours", "checkpoint": "gan.pt"},          # of the paper's best step
     "pretrained": {"of": "ours", "checkpoint": "pretrain.pt", "segment": False},
     "l1": {"gan": "--rec l1"},                               # Eq 4 as printed
@@ -80,8 +80,9 @@ def commands_of_row(name, seed, folder, args):
         return []
     if "filter" in row:
         first = commands_of_row(row["of"], seed, folder, args) if "of" in row else []
-        return [*first, (f"{name}-filter", ["-m", *shlex.split(row["filter"]), "--data",
-                                            f"{folder}/data", "--out", out])]
+        source = ["--source", row["of"]] if "of" in row else []
+        return [*first, (f"{name}-filter", ["-m", row["filter"], "--data", f"{folder}/data",
+                                            "--out", out, *source])]
     trained = row.get("of", name)
     checkpoint = f"{folder}/runs/{trained}/{row.get('checkpoint', 'average.pt')}"
     refine = ["refine.py", "--checkpoint", checkpoint, "--data", f"{folder}/data/synthetic",

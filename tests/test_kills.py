@@ -246,6 +246,8 @@ def test_a_finished_run_goes_further_as_if_it_had_been_asked_for(fresh, monkeypa
     assert same_runs(fresh / "runs/ours", fresh / "runs/parts")
     with pytest.raises(UserError, match="was run with steps = 10, not 9"):
         run_here(monkeypatch, fresh, "train_gan", [*flags, 9, "--resume"], 1)
+    with pytest.raises(UserError, match="was run with steps = 10, not 3"):
+        run_here(monkeypatch, fresh, "train_gan", [*flags, 3, "--resume"], 1)
 
 
 @pytest.mark.parametrize("every", [1, 20])

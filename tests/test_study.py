@@ -173,6 +173,8 @@ def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
             found[stage][flags.out.name] = flags
         elif stage == "study.colour":
             assert flags.source == {"colour": "synthetic", "ours-colour": "ours"}[flags.out.name]
+            own = parsed(monkeypatch, stage, ["--data", str(flags.data), "--source", flags.source])
+            assert own.out == flags.out                        # where it goes by default
         elif stage == "segment":
             assert flags.seeds == [seed] and flags.precision == "tf32"
             found[stage].append(flags)
