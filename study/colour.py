@@ -1,6 +1,6 @@
 """Matched colours: what can be had without any network, so a GAN must do better.
 
-Every channel of the synthetic images gets the mean and the standard deviation that it has in the
+Every channel of the synthetic (or other) images gets the mean and the standard deviation that it has in the
 real ones to train on (Reinhard et al. 2001, in RGB).
 
 Reads   data/SOURCE/{train,test}/{images,labels}, data/real/train/images
@@ -31,8 +31,8 @@ def arguments():
     p.add_argument("--out", type=path_of, help="(default: DATA/colour, DATA/SOURCE-colour)")
     p.set_defaults(images=None, batch_size=16)                # as refine.py has them
     args = p.parse_args()
-    args.out = args.out or args.data / {"synthetic": "colour"}.get(args.source,
-                                                                   f"{args.source}-colour")
+    name = "colour" if args.source == "synthetic" else f"{args.source}-colour"
+    args.out = args.out or args.data / name
     return args
 
 
