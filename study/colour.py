@@ -1,6 +1,6 @@
 """Matched colours: what can be had without any network, so a GAN must do better.
 
-Every channel of the synthetic (or other) images gets the mean and the standard deviation that it has in the
+Every channel of a domain's images gets the mean and the standard deviation that it has in the
 real ones to train on (Reinhard et al. 2001, in RGB).
 
 Reads   data/SOURCE/{train,test}/{images,labels}, data/real/train/images
