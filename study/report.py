@@ -47,7 +47,8 @@ def mean_and_half(values):
 def with_spread(by_seed, metric):
     """"0.123 ± 0.004" of {seed: score}, or "0.123" of one or where no seed enters, or "-"."""
     values = list(by_seed.values())
-    return mean_spread(values[:1] if len(set(values)) == 1 else values, DIGITS[metric])
+    equal = bool(values) and np.allclose(values, values[0], rtol=1e-4)     # but for the processor
+    return mean_spread(values[:1] if equal else values, DIGITS[metric])
 
 
 def with_interval(values, digits, sign=""):
@@ -186,32 +187,35 @@ def claims_table(record, by_network):
 
 
 def table2(record):
-    """Table 2 over the seeds of R."""
+    """Table 2 over the seeds of R that a row has."""
     first = next(iter(record["seeds"].values()))["table2"]
     rows = []
     for row in dict.fromkeys([*record["rows"], *first["rows"]]):     # then the floor, the control
-        if len(quality(record, row, "ssim")) < len(record["seeds"]):
+        seeds = quality(record, row, "ssim")
+        if not seeds:
             continue
         cells = [with_spread(quality(record, row, metric), metric)
                  for metric in ("fid", "kid", "ssim", "ssim_range1")]
-        rows.append([row, *cells, *map(str, PAPER_TABLE2.get(row, ("-", "-")))])
-    return markdown_table(["images vs real", f"{first['label']}, N = {first['n']}", "KID x 1000",
-                           "SSIM (L = 255)", "SSIM (L = 1)", "paper FID", "paper SSIM"], rows)
+        rows.append([row, ", ".join(seeds), *cells, *map(str, PAPER_TABLE2.get(row, ("-", "-")))])
+    return markdown_table(["images vs real", "seeds", f"{first['label']}, N = {first['n']}",
+                           "KID x 1000", "SSIM (L = 255)", "SSIM (L = 1)", "paper FID",
+                           "paper SSIM"], rows)
 
 
 def real_table(record, by_seed):
     """Scores on real of every row, what it gains over synthetic, the share of the gap closed."""
     rows, shared = [], len(shared_classes(record))
     for row in rows_in(record, by_seed):
-        cells = [row]
+        cells = [row, ", ".join(on_real(by_seed, row, "mIoU"))]
         for metric, digits in (("mIoU", 3), ("accuracy", 1)):
             gain = difference(by_seed, row, "synthetic", metric) if row != "synthetic" else []
             gap = gap_closed(by_seed, row, metric) if row not in ("synthetic", "real") else []
             cells += [with_spread(on_real(by_seed, row, metric), metric),
                       with_interval(gain, digits, "+"), with_interval(gap, 0)]
         rows.append([*cells, with_spread(on_real(by_seed, row, "shared"), "shared")])
-    head = ["trained on", "mIoU on real", "minus synthetic", "gap closed, %", "accuracy on real, %",
-            "minus synthetic", "gap closed, %", f"mIoU of {shared} classes"]
+    head = ["trained on", "seeds", "mIoU on real", "minus synthetic", "gap closed, %",
+            "accuracy on real, %", "minus synthetic", "gap closed, %",
+            f"mIoU of {shared} classes"]
     if shared == len(CLASSES):                                # the last column says nothing new
         head, rows = head[:-1], [cells[:-1] for cells in rows]
     return markdown_table(head, rows)
@@ -247,14 +251,22 @@ def epochs_table(record, network):
 # ------------------------------------------------------------------------------ the report
 
 
+def precision_text(record):
+    """Which seeds were computed in which precision."""
+    seeds = {}
+    for seed, numbers in record["seeds"].items():
+        seeds.setdefault(numbers["settings"]["precision"], []).append(seed)
+    return "; ".join(f"seeds {', '.join(some)}: {precision}" for precision, some in seeds.items())
+
+
 def text_of(record):
     """The whole report of a record, as Markdown."""
     found = {network: tested_by_seed(record, network, record["epochs"]) for network in NETWORKS}
     by_network = {network: by_seed for network, by_seed in found.items() if by_seed}
-    parts = [f"# {record['name']}", NOTE, claims_table(record, by_network),
-             f"## Table 2, seed {', '.join(record['seeds'])}", table2(record)]
+    parts = [f"# {record['name']}", NOTE, precision_text(record),
+             claims_table(record, by_network), "## Table 2", table2(record)]
     for network, by_seed in by_network.items():
-        parts += [f"## {NETWORKS[network]}, {record['epochs']} epochs, seed {', '.join(by_seed)}",
+        parts += [f"## {NETWORKS[network]}, {record['epochs']} epochs",
                   real_table(record, by_seed),
                   *segment_tables(record, network, by_seed), epochs_table(record, network)]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -175,28 +175,33 @@ def run_seed(seed, history, args):
 # ----------------------------------------------------------------------------- the record
 
 
-def numbers_of_seed(folder):
+def numbers_of_seed(folder, settings):
     """All numbers of a seed: Table 2 and, of every segmentation, the confusion matrices, of which
-    all scores are made."""
+    all scores are made; and how it was run."""
     table2 = json.loads((folder / "results/table2.json").read_text(encoding="utf-8"))
     segment = []
     for path in sorted(folder.glob("results/*-epochs/segment_*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         (tested,) = found["confusion"].values()               # of one seed
         segment.append({"network": found["network"], "epochs": found["epochs"], "tested": tested})
-    return {"table2": {key: table2[key] for key in TABLE2}, "segment": segment}
+    return {"settings": settings, "table2": {key: table2[key] for key in TABLE2},
+            "segment": segment}
 
 
 def write_record(args):
-    """study/results/NAME.json, from every seed that has got as far as Table 2."""
+    """study/results/NAME.json, from every seed that has got as far as Table 2. Seeds that are in
+    the record but not below --base stay: they were run on another machine."""
+    path = args.results / f"{args.name}.json"
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     settings = {key: getattr(args, key) for key in ("prepare", "pretrain", "gan", "precision")}
-    seeds = {}
-    for folder in sorted(args.base.glob("seed*")):
+    rows, seeds = {*old.get("rows", []), *args.rows}, old.get("seeds", {})
+    for folder in args.base.glob("seed*"):
         if (folder / "results/table2.json").is_file():
-            seeds[folder.name.removeprefix("seed")] = numbers_of_seed(folder)
-    record = {"name": args.name, "settings": settings, "epochs": args.epochs,
-              "rows": {name: ROWS[name] for name in args.rows}, "seeds": seeds}
-    write_json(args.results / f"{args.name}.json", record, indent=None)
+            seeds[folder.name.removeprefix("seed")] = numbers_of_seed(folder, settings)
+    record = {"name": args.name, "epochs": args.epochs,
+              "rows": {name: row for name, row in ROWS.items() if name in rows},
+              "seeds": dict(sorted(seeds.items(), key=lambda seed: int(seed[0])))}
+    write_json(path, record, indent=None)
     curves = args.base / "seed0/runs/ours/curves.png"
     if curves.is_file():
         shutil.copy(curves, args.results / f"{args.name}-figure1.png")

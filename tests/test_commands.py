@@ -245,4 +245,4 @@ def test_the_readmes_result_is_the_studys():
     for line in table:
         name, miou, accuracy = line.strip("| ").split(" | ")
         rows = [row.split(" | ") for row in record.splitlines() if row.startswith(f"| {name} |")]
-        assert any([miou, accuracy] == [row[1], row[4]] for row in rows if len(row) > 4), name
+        assert any([miou, accuracy] == [row[2], row[5]] for row in rows if len(row) > 5), name

@@ -47,8 +47,8 @@ def numbers(scores, fid, **segment):
     rows = {row: {"scores": {"fid": {"value": fid.get(row, 20.0)}, "kid": {"value": 0.02},
                              "ssim": {"value": 0.25}, "ssim_range1": {"value": 0.01}}}
             for row in scores if row != "real"}
-    return {"table2": {"label": "FID", "n": 6, "rows": rows},
-            "segment": [segmented(scores, **segment)]}
+    return {"settings": {"precision": "float32"}, "segment": [segmented(scores, **segment)],
+            "table2": {"label": "FID", "n": 6, "rows": rows}}
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_the_report_of_a_record(record, tmp_path):
     out, _ = call("study/report.py", "test", "--results", tmp_path, cwd=tmp_path)
     text = (tmp_path / "test.md").read_text()
     assert text in out
-    assert "## DeepLabV3+, 30 epochs, seed 0\n" in text
+    assert "## DeepLabV3+, 30 epochs\n" in text and "\nseeds 0, 1: float32\n" in text
 
 
 def test_one_seed_has_no_interval_and_what_is_missing_no_row(record):
@@ -102,7 +102,7 @@ def test_one_seed_has_no_interval_and_what_is_missing_no_row(record):
     del record["seeds"]["0"]["segment"][0]["tested"]["synthetic"]["synthetic"]
     assert " classes |" in text and " classes |" not in report.text_of(record)
     record["seeds"]["0"]["segment"] = []                       # before any segmentation
-    assert "| ours | 10.0 |" in report.text_of(record)
+    assert "| ours | 0 | 10.0 |" in report.text_of(record)
     del record["rows"]["ours"], record["seeds"]["0"]["table2"]["rows"]["ours"]
     assert report.claims_table(record, {}).count("\n") == 1    # nothing to claim
 
@@ -281,14 +281,22 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
     (entry,) = numbers["segment"]
     assert set(entry["tested"]) == {"synthetic", "real", "colour", "ours"}
     assert record["epochs"] == 1 and record["name"] == "my study"
-    assert list(record["settings"]) == ["prepare", "pretrain", "gan", "precision"]
+    assert list(numbers["settings"]) == ["prepare", "pretrain", "gan", "precision"]
     assert list(numbers["table2"]) == ["label", "n", "weights_sha256", "device", "versions",
                                        "rows"]
     text = report.text_of(record)
-    assert "| colour |" in text and "## U-Net, 1 epochs, seed 0\n" in text
+    assert "| colour |" in text and "## U-Net, 1 epochs\n" in text
     assert (tmp_path / "my study-figure1.png").is_file()
+    record["seeds"]["7"] = record["seeds"]["10"] = numbers     # of another machine
+    record["rows"]["rule"], record["seeds"]["0"] = {}, {}
+    (tmp_path / "my study.json").write_text(json.dumps(record))
     run.main()
     assert len(asked) == 7                                     # nothing was left to do
+    run.write_record(run.arguments())
+    record = json.loads((tmp_path / "my study.json").read_text())
+    assert list(record["seeds"]) == ["0", "7", "10"]
+    assert record["seeds"]["0"] == record["seeds"]["7"] == numbers
+    assert list(record["rows"]) == ["synthetic", "real", "colour", "ours", "rule"]
 
 
 def test_colour_gives_the_mean_and_the_deviation_of_real(fresh, tmp_path):
