@@ -3,8 +3,6 @@
 Inception V3, psi of the perceptual loss (Eq 5) and of FID, is loaded in support/inception.py.
 Images enter a network as float32 in [-1, 1], [N, 3, H, W]; everywhere else they are uint8.
 """
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -61,7 +59,7 @@ def same_pad(x, kernel, stride, value=0.0):
     """Pad [N, C, H, W] as TensorFlow's SAME does: the odd pixel goes after, not before."""
     pads = []
     for n in (x.shape[3], x.shape[2]):                    # F.pad wants the last axis first
-        total = max((math.ceil(n / stride) - 1) * stride + kernel - n, 0)
+        total = max((n - 1) // stride * stride + kernel - n, 0)
         pads += [total // 2, total - total // 2]
     return F.pad(x, pads, value=value)
 

@@ -69,8 +69,7 @@ def names(folder):
 
 def classes_of(folder):
     """The rows of the class table of prepared data: TABLE, unless --classes gave others."""
-    record = Path(folder) / "prepare.json"
-    own = read_record(record).get("classes", CLASSES) if record.is_file() else CLASSES
+    own = read_record(Path(folder) / "prepare.json").get("classes", CLASSES)
     return TABLE if own == CLASSES else own_table(own)
 
 
@@ -99,8 +98,7 @@ def check_domains(folder, domains, splits):
         if sizes[here] != sizes[first]:
             raise UserError("{}: images are {} x {}, those of {} are {} x {}; prepare both with "
                             "one --size".format(here, *sizes[here], first, *sizes[first]))
-        record = here.parent / "refine.json"
-        made = read_record(record) if record.is_file() else {}
+        made = read_record(here.parent / "refine.json")
         source = folder / Path(made.get("source", "synthetic")).name / here.name
         if made and (source / "images").is_dir():
             made_of = made.get("source_sha256", {}).get(here.name)

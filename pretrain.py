@@ -91,11 +91,11 @@ def arguments():
 
 
 @torch.no_grad()
-def summarise(path, R, x, rows, args):
-    """Draw pretrain.png from synthetic images x; print the means of the last 50 steps of each."""
-    refined = R(x)
-    save_grid(path, {"synthetic": to_uint8(x), "R(synthetic)": to_uint8(refined),
-                     "|difference|": (to_uint8(refined).int() - to_uint8(x).int()).abs().byte()})
+def summarise(path, R, images, rows, args):
+    """Draw pretrain.png from uint8 images; print the means of the last 50 steps of each network."""
+    refined = to_uint8(R(to_float(images)))
+    save_grid(path, {"synthetic": images, "R(synthetic)": refined,
+                     "|difference|": (refined.int() - images.int()).abs().byte()})
     rows_R, rows_D = rows[:args.steps][-50:], rows[args.steps:][-50:]
     change = fmean(row["mean_change"] for row in rows_R)
     loss, accuracy = fmean(row["loss"] for row in rows_D), fmean(row["accuracy"] for row in rows_D)
@@ -110,8 +110,8 @@ def train(R, D, psi, synthetic, real, args, device, settings, saved):
     optimizer_D = make_optimizer(args.d_optimizer, D.parameters(), args.d_lr)
     batches = Batches(args.seed, device)
     training = Training(args.run / "pretrain.pt", "pretrain", args.run / "pretrain.csv", settings,
-                        COLUMNS, device, saved, refiner=R, discriminator=D,
-                        optimizer_R=optimizer_R, optimizer_D=optimizer_D, random=batches)
+                        COLUMNS, saved, refiner=R, discriminator=D, optimizer_R=optimizer_R,
+                        optimizer_D=optimizer_D, random=batches)
     for step in training.steps(args.steps + args.d_steps, args.save_every):
         with autocast(device, args.precision):
             if step <= args.steps:
@@ -154,7 +154,7 @@ def main():
     rows = train(R, D, psi, synthetic, real, args, device, settings, saved)
 
     # 4. What R has learned, as a picture.
-    summarise(args.run / "pretrain.png", R, to_float(synthetic[:6].to(device)), rows, args)
+    summarise(args.run / "pretrain.png", R, synthetic[:6].to(device), rows, args)
     print(f"done: {args.run}/pretrain.pt, {args.run}/pretrain.csv, {args.run}/pretrain.png")
 
 

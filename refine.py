@@ -67,7 +67,7 @@ def check_out(args, record):
     if source.resolve() in (out, *out.parents):
         raise UserError(f"--out {args.out} lies in {'--images' if args.images else '--data'} "
                         "itself; choose another --out")
-    old = read_record(made) if made.is_file() else record
+    old = read_record(made) or record
     keys = ("images", "sha256", "size") if args.images else ("images",)
     for key in keys:
         if old.get(key) != record.get(key):

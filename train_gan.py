@@ -242,7 +242,7 @@ def train(R, D, synthetic, real, pairs, args, device, settings, saved):
     history = History(args.history * n, batches.random, synthetic.device)
     n_old = n // 2 if args.history else 0                     # of D's refined images
     training = Training(args.run / "last.pt", "gan", args.run / "log.csv", settings, COLUMNS,
-                        device, saved, refiner=R, discriminator=D, optimizer_R=optimizer_R,
+                        saved, refiner=R, discriminator=D, optimizer_R=optimizer_R,
                         optimizer_D=optimizer_D, average=average, history=history, best=best,
                         random=batches)
     if not training.step:
@@ -289,9 +289,9 @@ def main():
     lock(args.run)
 
     # 3. Both networks, pre-trained, or as they were when the run stopped.
-    state = saved or pretrained
-    R = place(rebuild(Refiner, state, "refiner", args.run), device, learning=True)
-    D = place(rebuild(Discriminator, state, "discriminator", args.run), device, learning=True)
+    state, path = saved or pretrained, args.run / ("last.pt" if saved else "pretrain.pt")
+    R = place(rebuild(Refiner, state, "refiner", path), device, learning=True)
+    D = place(rebuild(Discriminator, state, "discriminator", path), device, learning=True)
     if args.compile:
         R.compile()
         D.compile()

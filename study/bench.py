@@ -308,7 +308,8 @@ def arguments():
     p.add_argument("--repeats", type=positive(int), default=5, help="of which the median is shown")
     p.add_argument("--out", type=path_of, help="write the table to this file, as Markdown")
     args = p.parse_args()
-    args.batch_size = max(args.batch_size, 2)                 # half of a batch is the history's
+    if args.batch_size < 2:
+        p.error("--batch-size 1: half of a batch comes from the history, so two at least")
     return args
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from evaluate import PAPER as PAPER_TABLE2
 from prepare import CLASSES, TABLE
@@ -41,7 +41,7 @@ def mean_and_half(values):
     mean, n = float(np.mean(values)), len(values)
     if n < 2:
         return mean, None
-    return mean, float(student.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / n ** 0.5
+    return mean, float(stdtrit(n - 1, 0.975)) * float(np.std(values, ddof=1)) / n ** 0.5
 
 
 def with_spread(by_seed, metric):

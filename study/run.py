@@ -189,15 +189,16 @@ def numbers_of_seed(folder, settings):
 
 
 def write_record(args):
-    """study/results/NAME.json, from every seed that has got as far as Table 2. Seeds that are in
-    the record but not below --base stay: they were run on another machine."""
+    """study/results/NAME.json, with every one of --seeds that has got as far as Table 2. Others
+    stay as they are in the record: another command, or another machine, has run them."""
     path = args.results / f"{args.name}.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     settings = {key: getattr(args, key) for key in ("prepare", "pretrain", "gan", "precision")}
     rows, seeds = {*old.get("rows", []), *args.rows}, old.get("seeds", {})
-    for folder in args.base.glob("seed*"):
+    for seed in args.seeds:
+        folder = args.base / f"seed{seed}"
         if (folder / "results/table2.json").is_file():
-            seeds[folder.name.removeprefix("seed")] = numbers_of_seed(folder, settings)
+            seeds[str(seed)] = numbers_of_seed(folder, settings)
     record = {"name": args.name, "epochs": args.epochs,
               "rows": {name: row for name, row in ROWS.items() if name in rows},
               "seeds": dict(sorted(seeds.items(), key=lambda seed: int(seed[0])))}
@@ -228,6 +229,8 @@ def arguments():
     p.add_argument("--base", type=path_of, help="where the runs lie (default: runs/study/NAME)")
     p.add_argument("--results", type=path_of, default=ROOT / "study/results", help="of the record")
     args = p.parse_args()
+    if "--classes" in args.prepare:
+        p.error("--prepare: the study's tables are of the 19 classes, leave out --classes")
     args.base = args.base or Path("runs/study") / args.name
     return args
 

@@ -23,7 +23,6 @@ UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError,
 # Endings of label maps beside which another one may lie, and the folders of data sets.
 KINDS = ["_labelIds", "_labelTrainIds", "_instanceIds", "_color"]
 LABEL_FOLDERS = {"labels", "gtfine", "gtcoarse"}
-IMAGE_FOLDERS = {"images", "leftimg8bit"}
 
 
 class Frame(NamedTuple):
@@ -50,7 +49,7 @@ def pictures_below(folder):
     Names that begin with a dot are passed over. Links to folders are followed after all else, and
     no folder is entered twice, so circles end."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder; --help says what is read")
     pictures, others, seen, folders, links = [], Counter(), set(), [folder], []
     while folders or links:
         here = (folders or links).pop(0)
@@ -71,16 +70,12 @@ def pictures_below(folder):
 
 def only_photographs(folder, pictures):
     """UserError if label maps are among the pictures of a folder that was given for its images."""
+    endings = tuple(kind.lower() for kind in KINDS)
     for path in pictures:
-        for parent in path.relative_to(folder).parents:
-            if parent.name.lower() in LABEL_FOLDERS:
-                beside = sorted((folder / parent).parent.iterdir())
-                meant = [str(other) for other in beside if other.name.lower() in IMAGE_FOLDERS]
-                raise UserError(f"{folder}: holds label maps too, in {folder / parent}; give "
-                                f"{meant[0] if meant else 'the folder of the photographs alone'}")
-        if path.stem.lower().endswith(tuple(kind.lower() for kind in KINDS)):
-            raise UserError(f"{path}: is a label map, so {folder} is no folder of images alone; "
-                            "give the folder of the photographs")
+        folders = {part.lower() for part in path.relative_to(folder).parent.parts}
+        if folders & LABEL_FOLDERS or path.stem.lower().endswith(endings):
+            raise UserError(f"{path}: seems to be a label map, but {folder} was given for its "
+                            "images; give the folder of the photographs alone")
 
 
 def key_of(path, folder):
@@ -94,8 +89,8 @@ def key_of(path, folder):
 def match_labels(keys, labels, ids):
     """The label maps below the folder `labels` of the images that have these keys.
 
-    ids: what they hold, unless a name says it. Returns {key: (label, its ids)}, the labels without
-    an image, and how many other files there are, by ending."""
+    ids: what they hold, unless a name says it. Returns {key: (label, its ids)} and how many other
+    files there are, by ending."""
     pictures, others = pictures_below(labels)
     wanted = ["", "_labelIds", "_labelTrainIds"]     # of an image's labels the first of these
     if ids == "trainIds":
@@ -108,16 +103,13 @@ def match_labels(keys, labels, ids):
             best[key] = min(label, best.get(key, label))
     named = [path for rank, _, path in best.values() if wanted[rank] == "_labelIds"]
     said = {"": ids, "_labelIds": what_ids(named, ids), "_labelTrainIds": "trainIds"}
-    label_of, alone = {}, []
-    for key, (rank, _, path) in best.items():
-        if key in keys:
-            label_of[key] = path, ids if ids == "classes" else said[wanted[rank]]
-        elif wanted[rank] == "":
-            alone.append(path)
-    used = {path for path, _ in label_of.values()}.union(alone)
-    for path in set(pictures) - used:
+    label_of = {}
+    for key in keys & best.keys():
+        rank, _, path = best[key]
+        label_of[key] = path, ids if ids == "classes" else said[wanted[rank]]
+    for path in set(pictures) - {path for path, _ in label_of.values()}:
         others[key_of(path, labels)[1] + path.suffix.lower()] += 1
-    return label_of, alone, others
+    return label_of, others
 
 
 def what_ids(files, ids):
@@ -145,10 +137,10 @@ def find_folder(images, labels, ids, short=False):
     if not pictures:
         raise UserError(f"{images}: no images that Pillow reads in or below it")
     only_photographs(images, pictures)
-    frames, skipped, label_of, alone, taken, seen = [], [], {}, [], {}, set()
+    frames, skipped, label_of, taken, seen = [], [], {}, {}, set()
     if labels:
         keys = {key_of(file, images)[0] for file in pictures}
-        label_of, alone, others = match_labels(keys, labels, ids)
+        label_of, others = match_labels(keys, labels, ids)
         unread += others
     for file in sorted(pictures, key=lambda file: (file.is_symlink(), file)):
         if os.path.realpath(file) in seen:
@@ -167,33 +159,18 @@ def find_folder(images, labels, ids, short=False):
             frames.append(Frame(name, file, *label_of.get(key, (None, ids))))
     if not frames:
         raise UserError("{}: none has its label; {}: {}".format(images, *skipped[0]))
-    skipped += [(file, "a label without an image") for file in alone]
     return Found(sorted(frames), skipped, unread)
 
 
 def find_gta5(root, ids):
     """GTA-V: images/NNNNN.png with labels/NNNNN.png; without a labels folder, images only."""
-    if not (root / "images").is_dir():
-        raise UserError(f"{root}: no images/ folder in it; --gta5 wants images/ and labels/")
     labels = root / "labels" if (root / "labels").is_dir() else None
     return find_folder(root / "images", labels, ids)
 
 
 def find_cityscapes(root, split, ids):
     """Cityscapes: leftImg8bit/SPLIT/CITY/*_leftImg8bit.png with gtFine/.../*_labelIds.png."""
-    if not (root / "leftImg8bit" / "train").is_dir():
-        raise UserError(f"{root}: no leftImg8bit/train/ in it; --cityscapes wants the folder "
-                        "that holds leftImg8bit/ and gtFine/")
-    labels = root / "gtFine" / split
-    if not labels.is_dir():
-        if (root / "gtFine").is_dir():
-            raise UserError(f"{labels}: is missing, but leftImg8bit/{split} is there; unpack all "
-                            "of gtFine_trainvaltest.zip")
-        if (root / "gtCoarse").is_dir():
-            raise UserError(f"{root}: has gtCoarse/ only, which leaves much unlabelled; unpack "
-                            "gtFine_trainvaltest.zip, or use its images alone: --real "
-                            f"{root / 'leftImg8bit/train'}")
-        labels = None
+    labels = root / "gtFine" / split if (root / "gtFine").is_dir() else None
     return find_folder(root / "leftImg8bit" / split, labels, ids, short=True)
 
 
@@ -273,12 +250,9 @@ def own_table(classes):
 
 def read_classes(file):
     """The class table of a --classes file, which has a name a line."""
-    try:
-        names = [line.strip() for line in
-                 file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    except UnicodeDecodeError:
-        names = []                                   # not UTF-8
-    bad = [name for name in names if not name or name.startswith("#")]
+    text = file.read_text(encoding="utf-8-sig", errors="replace").rstrip()
+    names = [line.strip() for line in text.splitlines()]
+    bad = [name for name in names if not name or name[0] == "#" or "\ufffd" in name]
     if not 2 <= len(names) <= UNKNOWN or bad or len(set(names)) < len(names):
         raise UserError(f"--classes {file}: wanted 2 to {UNKNOWN} different names, one a line, no "
                         "empty line, no comment; the label of the first is 0, void is 255")
@@ -352,9 +326,9 @@ def check_labels(domain, made, ids):
 
 
 def read_record(file):
-    """The dict in a prepare.json or refine.json; UserError if there is none in it."""
+    """The dict in a prepare.json or refine.json, {} without the file; UserError if it has none."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError:
         record = None
     if not isinstance(record, dict):
@@ -370,7 +344,7 @@ def check_settings(file, settings):
         if folder.is_symlink() or folder.exists() and not file.is_file():
             raise UserError(f"{folder}: is there, but was not made by prepare.py (a link, or no "
                             "prepare.json beside it); choose another --out")
-    record = read_record(file) if file.is_file() else {}
+    record = read_record(file)
     old = record.get("settings", {}) if record.get("finished") else {}     # else all is made anew
     changed = [k for k in settings if k in old and old[k] != settings[k]]
     if changed and any(file.parent.glob("*/*/images/*.png")):

@@ -190,12 +190,6 @@ def saved_run(path, stage, args):
 # ------------------------------------------------------------------------------ the training
 
 
-def read_every(device):
-    """How many steps' losses stay unread on the device: reading one makes the host wait for a
-    GPU; a CPU has them anyway."""
-    return 1 if device.type == "cpu" else 20
-
-
 def stop_requests():
     """A list that becomes non-empty on the first Ctrl-C, SIGTERM, SIGHUP (the terminal was closed)
     or SIGUSR1 (a batch system); a second one of the same kind stops at once.
@@ -221,7 +215,7 @@ def stop_requests():
 class Training:
     """A loop of steps that can be stopped at any moment and goes on as if it had not been.
 
-        training = Training(path, stage, csv, settings, columns, device, saved, refiner=R, ...)
+        training = Training(path, stage, csv, settings, columns, saved, refiner=R, ...)
         for step in training.steps(total, save_every):
             ...                              # one step
             training.log({column: value})
@@ -231,9 +225,9 @@ class Training:
     as a table it is written to `csv`.
     """
 
-    def __init__(self, path, stage, csv, settings, columns, device, saved, **parts):
+    def __init__(self, path, stage, csv, settings, columns, saved, **parts):
         self.path, self.stage, self.csv, self.settings = path, stage, csv, settings
-        self.columns, self.device, self.parts = columns, device, parts
+        self.columns, self.parts = columns, parts
         self.step, self.rows, self.unread = 0, [], []
         if saved:
             self.restore(saved)
@@ -246,9 +240,6 @@ class Training:
                 raise UserError(f"{self.path}: was run with {key} = {old}, not {value}; --resume "
                                 "goes on with the same settings only")
         for name, part in self.parts.items():
-            if isinstance(part, torch.optim.Optimizer):
-                for group in saved[name]["param_groups"]:
-                    group["fused"] = None                     # older versions saved True
             part.load_state_dict(saved[name])
         self.step = saved["step"]
         if any(len(row) != len(self.columns) for row in saved["log"]):
@@ -281,7 +272,7 @@ class Training:
             yield self.step
             bar.update()
             save = self.step % save_every == 0 or self.step == total or stop
-            if save or self.step % read_every(self.device) == 0:
+            if save or time.perf_counter() > self.clock + 1:      # reading waits for a GPU
                 self.read()
                 bar.set_postfix_str(self.latest(), refresh=False)
             if save:
@@ -346,14 +337,13 @@ def save_checkpoint(path, stage, **state):
         for weight in part.values() if isinstance(part, dict) else []:
             if torch.is_tensor(weight) and not torch.isfinite(weight).all():
                 raise UserError(f"{path}: not written, the {name} has weights that are inf or "
-                                "nan; what was there before is as it was; try a smaller --lr or "
-                                "--d-lr")
+                                "nan; try a smaller --lr or --d-lr")
     try:
         with whole(path) as temporary:
             torch.save({"stage": stage, **state}, temporary)
     except RuntimeError as error:              # PyTorch's own writer, on a full disk for example
-        raise UserError(f"{path}: cannot be written, is the disk full? What was there before is "
-                        f"as it was ({str(error).splitlines()[0][:80]})") from None
+        why = str(error).partition("\n")[0][:80]
+        raise UserError(f"{path}: cannot be written, is the disk full? ({why})") from None
 
 
 def load_checkpoint(path, stages, advice):
@@ -371,10 +361,9 @@ def load_checkpoint(path, stages, advice):
 def rebuild(Network, state, name, path):
     """The network `name` of a checkpoint, weights loaded; UserError if it is of another kind."""
     try:
-        arguments = dict(state[f"{name}_args"])
-        if not arguments.get("skip"):                # of R in older checkpoints, always False
-            arguments.pop("skip", None)
-        net = Network(**arguments)
+        arguments = state[f"{name}_args"].items()
+        # "skip": of R in older checkpoints, always False
+        net = Network(**{key: v for key, v in arguments if (key, v) != ("skip", False)})
         net.load_state_dict(state[name])
         return net
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -97,18 +98,18 @@ def call_all(*commands, cwd):
         return list(pool.map(lambda command: call(*command, cwd=cwd), commands))
 
 
-def run_here(monkeypatch, folder, script, flags, every):
-    """A script's main() in this process, its losses read every `every` steps, as on a GPU."""
+def run_here(monkeypatch, folder, script, flags, seconds=2):
+    """A script's main() in this process, by a clock on which a step takes so long."""
     from support import training
-    module = __import__(script)
+    module, done, log = __import__(script), [], training.Training.log
+    monkeypatch.setattr(training.Training, "log",
+                        lambda self, row: (done.append(row), log(self, row)))
+    monkeypatch.setattr(training.time, "perf_counter",
+                        lambda ticks=count(0, 1e-9): seconds * len(done) + next(ticks))
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, flags)])
     monkeypatch.setattr(training, "stop_requests", list)       # leave pytest's signals alone
-    monkeypatch.setattr(training, "read_every", lambda device: every)
     module.main()
-
-
-LABEL_IDS = [0, 1, 4, 7, 8, 11, 17, 18, 21, 23, 26, 33, 34]      # 18 and 34: no class of ours
 
 
 def noise(seed, size=(48, 64), high=256):
@@ -116,8 +117,8 @@ def noise(seed, size=(48, 64), high=256):
     return Image.fromarray(np.random.default_rng(seed).integers(0, high, (*size, 3), np.uint8))
 
 
-def blocks(seed, ids=LABEL_IDS, size=(48, 64)):
-    """A label of 4 x 4 blocks of these ids."""
+def blocks(seed, ids=(0, 1, 4, 7, 8, 11, 17, 18, 21, 23, 26, 33, 34), size=(48, 64)):
+    """A label of 4 x 4 blocks of these ids; 18 and 34 are no class of ours."""
     some = np.random.default_rng(seed).choice(np.uint8(ids), (size[0] // 4, size[1] // 4))
     return Image.fromarray(some.repeat(4, 0).repeat(4, 1))
 

@@ -83,8 +83,8 @@ def test_the_summary_is_of_the_last_50_steps_of_each(tmp_path, capsys):
     rows += [{"mean_change": 0.25, "loss": 3.0}] * 50
     rows += [{"accuracy": 8.0, "loss": 8.0}] * 10
     rows += [{"accuracy": 0.75, "loss": 0.5}] * 50
-    pretrain.summarise(tmp_path / "a.png", Refiner(4, 1), torch.zeros(2, 3, 24, 48), rows,
-                       SimpleNamespace(steps=60))
+    images = torch.zeros(2, 3, 24, 48, dtype=torch.uint8)
+    pretrain.summarise(tmp_path / "a.png", Refiner(4, 1), images, rows, SimpleNamespace(steps=60))
     out = capsys.readouterr().out
     assert "= 0.250 with" in out and "D: loss 0.500" in out and "accuracy 0.75" in out
 
@@ -107,5 +107,5 @@ def test_compile_is_asked_of_both_networks(fresh, monkeypatch):
     asked = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net: asked.append(type(net).__name__))
     for flags, wanted in (([], []), (["--compile", "--resume"], ["Refiner", "Discriminator"])):
-        run_here(monkeypatch, fresh, "train_gan", ["--steps", 1, "--batch-size", 2, *flags], 1)
+        run_here(monkeypatch, fresh, "train_gan", ["--steps", 1, "--batch-size", 2, *flags])
         assert asked == wanted

@@ -163,7 +163,7 @@ def test_images_that_do_not_fit_stay_in_main_memory(monkeypatch, capsys):
 
 
 def test_a_step_does_not_wait_for_the_gpu():
-    """From the batches to the average; the log reads the losses every 20 steps."""
+    """From the batches to the average; the log reads the losses once a second."""
     device, (R, D) = torch.device("cuda"), networks("cuda")
     optimizers = [make_optimizer(name, net.parameters(), 1e-4)
                   for name, net in (("sgd", R), ("momentum", D), ("adam", R))]

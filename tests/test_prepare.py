@@ -207,6 +207,7 @@ FRAMES = {
     "black and white.png": (PHOTO.convert("1"), LABEL, ""),
     "palette.png": (PHOTO.convert("P"), LABEL, ""),
     "opaque.png": (PHOTO.convert("RGBA"), LABEL, ""),
+    "grey and alpha.png": (PHOTO.convert("LA"), LABEL, ""),
     "Łódź/новый кадр.v2.png": (PHOTO, LABEL, ""),
     "PHOTO Ä 東京.JPG": (PHOTO, LABEL, ""),
     "holed.png": (HOLED, LABEL, "transparent"),
@@ -221,7 +222,6 @@ FRAMES = {
     "n" * 248 + ".png": (PHOTO, LABEL, "name too long"),
     "deep label.png": (PHOTO, DEEP, "label ids 3000"),
     "unknown ids.png": (PHOTO, Image.new("L", (64, 48), 35), "label ids 35 are not labelIds"),
-    "alone.png": (None, LABEL, "label without an image"),
 }
 
 
@@ -233,6 +233,7 @@ def test_the_table_of_bad_input(tmp_path):
         for picture, file in ((image, f"images/{name}"), (label, f"labels/{stem}{ending}")):
             if picture is not None:
                 save(root / file, picture)
+    save(root / "labels/alone.png", LABEL)                        # has no image: counted
     save(fill(root / "real", 9) / "turned.jpg", encoded(noise(0, (64, 48)), "JPEG", exif=TURNED))
     before = content(root)
     text = good("--synthetic", root / "images", root / "labels", "--real", root / "real",

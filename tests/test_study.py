@@ -35,19 +35,14 @@ def matrix(mIoU, pixels=1000):
     return found.tolist()
 
 
-def segmented(scores, network="unet", epochs=30):
-    """What study.run keeps of a segmentation: these mIoU on real, and 0.5 at home."""
-    tested = {row: {row: matrix(0.5), "real": matrix(mIoU)}
-              for row, mIoU in scores.items()}
-    return {"network": network, "epochs": epochs, "tested": tested}
-
-
-def numbers(scores, fid, **segment):
-    """What study.run keeps of a seed."""
+def numbers(scores, fid):
+    """What study.run keeps of a seed: these mIoU on real, and 0.5 at home."""
+    tested = {row: {row: matrix(0.5), "real": matrix(mIoU)} for row, mIoU in scores.items()}
     rows = {row: {"scores": {"fid": {"value": fid.get(row, 20.0)}, "kid": {"value": 0.02},
                              "ssim": {"value": 0.25}, "ssim_range1": {"value": 0.01}}}
             for row in scores if row != "real"}
-    return {"settings": {"precision": "float32"}, "segment": [segmented(scores, **segment)],
+    return {"settings": {"precision": "float32"}, "segment": [
+        {"network": "unet", "epochs": 30, "tested": tested}],
             "table2": {"label": "FID", "n": 6, "rows": rows}}
 
 
@@ -77,17 +72,6 @@ def test_the_diagonal_is_counted_by_rows_and_columns(record):
     for seed in record["seeds"].values():                      # better on real than at home
         seed["segment"][0]["tested"]["ours"]["ours"] = matrix(0.12)
     assert found() == (10, 12)
-
-
-def test_the_report_of_a_record(record, tmp_path):
-    """Networks apart. What the tables say: test_the_text_of_a_record_is_made_from_it."""
-    record["seeds"]["0"]["segment"].append(segmented({"synthetic": 0.1, "real": 0.3},
-                                                     network="deeplabv3plus"))
-    (tmp_path / "test.json").write_text(json.dumps(record))
-    out, _ = call("study/report.py", "test", "--results", tmp_path, cwd=tmp_path)
-    text = (tmp_path / "test.md").read_text()
-    assert text in out
-    assert "## DeepLabV3+, 30 epochs\n" in text and "\nseeds 0, 1: float32\n" in text
 
 
 def test_one_seed_has_no_interval_and_what_is_missing_no_row(record):
@@ -284,8 +268,12 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
     assert list(numbers["settings"]) == ["prepare", "pretrain", "gan", "precision"]
     assert list(numbers["table2"]) == ["label", "n", "weights_sha256", "device", "versions",
                                        "rows"]
-    text = report.text_of(record)
-    assert "| colour |" in text and "## U-Net, 1 epochs\n" in text
+    out, _ = call("study/report.py", "my study", "--results", ".", cwd=tmp_path)
+    text = (tmp_path / "my study.md").read_text(encoding="utf-8")
+    assert text == report.text_of(record) and text in out and "| colour | 0 |" in text
+    both = [entry, {**entry, "network": "deeplabv3plus"}]
+    text = report.text_of({**record, "seeds": {"0": {**numbers, "segment": both}}})
+    assert "## U-Net, 1 epochs\n" in text and "## DeepLabV3+, 1 epochs\n" in text
     assert (tmp_path / "my study-figure1.png").is_file()
     record["seeds"]["7"] = record["seeds"]["10"] = numbers     # of another machine
     record["rows"]["rule"], record["seeds"]["0"] = {}, {}
