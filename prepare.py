@@ -287,7 +287,8 @@ def arguments():
     p = parser(__doc__)
     folder = {"type": path_of, "metavar": "DIR"}
     p.add_argument("--gta5", **folder, help="folder with images/ and labels/")
-    p.add_argument("--cityscapes", **folder, help="folder with leftImg8bit/ and gtFine/")
+    p.add_argument("--cityscapes", **folder, help="folder with leftImg8bit/{train,val} and "
+                   "gtFine/{train,val}")
     p.add_argument("--synthetic", nargs="+", **folder, help="IMAGES [LABELS] of any source")
     p.add_argument("--real", nargs="+", **folder, help="IMAGES [LABELS] of any source")
     p.add_argument("--demo", action="store_true", help="draw a toy town instead")

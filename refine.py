@@ -173,7 +173,7 @@ def main():
     # 2. What is to be refined, and whether it may be written.
     what = "images" if args.images else "source"
     record = {"checkpoint": str(args.checkpoint), "step": state["step"],
-              what: os.path.abspath(args.images or args.data),
+              what: str(args.images.resolve()) if args.images else os.path.abspath(args.data),
               "sha256": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:16],
               "size": args.size}
     check_out(args, record)

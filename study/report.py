@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 from evaluate import PAPER as PAPER_TABLE2
 from prepare import CLASSES, TABLE
 from segment import (NETWORKS, PAPER, class_table, matrix_table, mean_spread, of_seeds, scores)
-from support.cli import markdown_table, parser, path_of, start, write_text
+from support.cli import UserError, markdown_table, parser, path_of, start, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = {"mIoU": 3, "shared": 3, "accuracy": 1, "fid": 1, "kid": 1, "ssim": 3, "ssim_range1": 4}
@@ -251,19 +251,24 @@ def epochs_table(record, network):
 # ------------------------------------------------------------------------------ the report
 
 
-def precision_text(record):
-    """Which seeds were computed in which precision."""
-    seeds = {}
+def settings_text(record):
+    """Which seeds were computed with which settings. UserError at other features for their FID."""
+    seeds, features = {}, set()
     for seed, numbers in record["seeds"].items():
-        seeds.setdefault(numbers["settings"]["precision"], []).append(seed)
-    return "; ".join(f"seeds {', '.join(some)}: {precision}" for precision, some in seeds.items())
+        said = "pretrain.py {pretrain}; train_gan.py {gan}; {precision}".format(
+            **numbers["settings"])
+        seeds.setdefault(said, []).append(seed)
+        features.add(tuple(numbers["table2"].get(key) for key in ("n", "weights_sha256")))
+    if len(features) > 1:
+        raise UserError(f"{record['name']}: the FID of its seeds is of other --n or --inception")
+    return "\n".join(f"- seed {', '.join(some)}: {said}" for said, some in seeds.items())
 
 
 def text_of(record):
     """The whole report of a record, as Markdown."""
     found = {network: tested_by_seed(record, network, record["epochs"]) for network in NETWORKS}
     by_network = {network: by_seed for network, by_seed in found.items() if by_seed}
-    parts = [f"# {record['name']}", NOTE, precision_text(record),
+    parts = [f"# {record['name']}", NOTE, settings_text(record),
              claims_table(record, by_network), "## Table 2", table2(record)]
     for network, by_seed in by_network.items():
         parts += [f"## {NETWORKS[network]}, {record['epochs']} epochs",

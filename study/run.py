@@ -14,7 +14,7 @@ Writes  runs/study/NAME/seedN/{data,runs,results}/   large; laid out as a user's
 
 The same command goes on after a stop: a finished step is not run again; other flags of a training
 want another NAME. --seeds or --rows does a part of the study; two commands with other --seeds can
-run side by side. Nothing but numbers and curves leaves runs/: street frames may not be passed on.
+run side by side; a machine that gets the record of another one adds its own seeds to it. Nothing but numbers and curves leaves runs/: street frames may not be passed on.
 """
 import json
 import shlex
@@ -25,6 +25,7 @@ from pathlib import Path
 
 from support.cli import (UserError, lock, natural, parser, path_of, positive, start, write_json,
                          write_text)
+from support.raw import read_record
 from support.training import add_inception_flag, add_precision_flag
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,8 +149,16 @@ def make_row(name, seed, folder, args, history):
 def run_seed(seed, history, args):
     """All rows of a seed, then their scores and the segmentation networks. history: the command
     that has prepared the data, in a list."""
-    folder = args.base / f"seed{seed}"
+    folder, path = args.base / f"seed{seed}", args.results / f"{args.name}.json"
+    old = read_record(path)
+    if str(seed) in old.get("seeds", {}) and not folder.exists():
+        raise UserError(f"{path}: has seed {seed} of another machine; choose another NAME, or "
+                        "other --seeds")
+    if old.get("epochs", args.epochs) != args.epochs:
+        raise UserError(f"{path}: is of --epochs {old['epochs']}; choose another NAME")
     lock(folder)
+    write_json(folder / "settings.json", {
+        key: getattr(args, key) for key in ("prepare", "pretrain", "gan", "precision")})
     (folder / "data").mkdir(exist_ok=True)
     for name in GIVEN:
         link = folder / "data" / name
@@ -175,7 +184,7 @@ def run_seed(seed, history, args):
 # ----------------------------------------------------------------------------- the record
 
 
-def numbers_of_seed(folder, settings):
+def numbers_of_seed(folder):
     """All numbers of a seed: Table 2 and, of every segmentation, the confusion matrices, of which
     all scores are made; and how it was run."""
     table2 = json.loads((folder / "results/table2.json").read_text(encoding="utf-8"))
@@ -184,21 +193,20 @@ def numbers_of_seed(folder, settings):
         found = json.loads(path.read_text(encoding="utf-8"))
         (tested,) = found["confusion"].values()               # of one seed
         segment.append({"network": found["network"], "epochs": found["epochs"], "tested": tested})
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     return {"settings": settings, "table2": {key: table2[key] for key in TABLE2},
             "segment": segment}
 
 
 def write_record(args):
-    """study/results/NAME.json, with every one of --seeds that has got as far as Table 2. Others
-    stay as they are in the record: another command, or another machine, has run them."""
+    """study/results/NAME.json, from every seed that has got as far as Table 2; seeds that are there
+    and not below --base stay: another machine has run them."""
     path = args.results / f"{args.name}.json"
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    settings = {key: getattr(args, key) for key in ("prepare", "pretrain", "gan", "precision")}
+    old = read_record(path)
     rows, seeds = {*old.get("rows", []), *args.rows}, old.get("seeds", {})
-    for seed in args.seeds:
-        folder = args.base / f"seed{seed}"
+    for folder in args.base.glob("seed*"):
         if (folder / "results/table2.json").is_file():
-            seeds[str(seed)] = numbers_of_seed(folder, settings)
+            seeds[folder.name.removeprefix("seed")] = numbers_of_seed(folder)
     record = {"name": args.name, "epochs": args.epochs,
               "rows": {name: row for name, row in ROWS.items() if name in rows},
               "seeds": dict(sorted(seeds.items(), key=lambda seed: int(seed[0])))}

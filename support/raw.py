@@ -108,7 +108,9 @@ def match_labels(keys, labels, ids):
         rank, _, path = best[key]
         label_of[key] = path, ids if ids == "classes" else said[wanted[rank]]
     for path in set(pictures) - {path for path, _ in label_of.values()}:
-        others[key_of(path, labels)[1] + path.suffix.lower()] += 1
+        key, kind = key_of(path, labels)
+        known = kind or key in keys
+        others[kind + path.suffix.lower() if known else "labels without an image"] += 1
     return label_of, others
 
 
@@ -171,6 +173,8 @@ def find_gta5(root, ids):
 def find_cityscapes(root, split, ids):
     """Cityscapes: leftImg8bit/SPLIT/CITY/*_leftImg8bit.png with gtFine/.../*_labelIds.png."""
     labels = root / "gtFine" / split if (root / "gtFine").is_dir() else None
+    if not labels and (root / "gtCoarse").is_dir():
+        raise UserError(f"{root}: has gtCoarse/ only; unpack gtFine_trainvaltest.zip")
     return find_folder(root / "leftImg8bit" / split, labels, ids, short=True)
 
 

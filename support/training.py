@@ -271,8 +271,9 @@ class Training:
             self.step += 1
             yield self.step
             bar.update()
-            save = self.step % save_every == 0 or self.step == total or stop
-            if save or time.perf_counter() > self.clock + 1:      # reading waits for a GPU
+            save = bool(self.step % save_every == 0 or self.step == total or stop)
+            # Not at every step, since it waits for a GPU; and at once where a picture was drawn.
+            if save or not self.unread or time.perf_counter() > self.clock + 1:
                 self.read()
                 bar.set_postfix_str(self.latest(), refresh=False)
             if save:

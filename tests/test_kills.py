@@ -275,15 +275,20 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(fresh, script, term,
 
 
 def test_losses_that_are_read_late_are_the_same(fresh, monkeypatch):
-    """The losses of many steps are read at once; no row of the log may differ."""
-    after = []
-    for seconds, rate in ((2, 1), (0.5, 4)):                  # 2 images a step
-        run_here(monkeypatch, fresh, "train_gan", GAN + RARELY + ["--overwrite"], seconds)
+    """Once a second, as to read waits for a GPU; no row of the log may differ."""
+    read, after = training.Training.read, []
+    monkeypatch.setattr(training.Training, "read", lambda self: (
+        steps.append(len(self.unread)), read(self)))
+    flags = ["--steps", 10, "--batch-size", 2, "--sample-every", 10, "--overwrite"]
+    for seconds, wanted in ((2, [1] * 10), (0.4, [3, 3, 3, 1]), (0.01, [10])):
+        steps = []
+        run_here(monkeypatch, fresh, "train_gan", flags, seconds)
+        assert [n for n in steps if n] == wanted
         log = load_checkpoint(fresh / "runs/ours/last.pt", ["gan"], "")["log"]
         after.append(fingerprint(fresh / "runs/ours/last.pt"))
         rates = [row[train_gan.COLUMNS.index("images_per_s")] for row in log]
-        assert rates == pytest.approx([rate] * 10)
-    assert len(log) == 10 and after[0] == after[1]
+        assert rates == pytest.approx([2 / seconds] * 10)
+    assert len(log) == 10 and after[0] == after[1] == after[2]
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path):

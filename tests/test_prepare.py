@@ -231,9 +231,8 @@ def test_the_table_of_bad_input(tmp_path):
     for name, (image, label, _) in FRAMES.items():
         stem, ending = name.rpartition(".")[0], ".PNG" if "PHOTO" in name else ".png"
         for picture, file in ((image, f"images/{name}"), (label, f"labels/{stem}{ending}")):
-            if picture is not None:
-                save(root / file, picture)
-    save(root / "labels/alone.png", LABEL)                        # has no image: counted
+            save(root / file, picture)
+    save(root / "labels/alone.png", LABEL)
     save(fill(root / "real", 9) / "turned.jpg", encoded(noise(0, (64, 48)), "JPEG", exif=TURNED))
     before = content(root)
     text = good("--synthetic", root / "images", root / "labels", "--real", root / "real",
@@ -243,6 +242,7 @@ def test_the_table_of_bad_input(tmp_path):
     bad = {name.rpartition(".")[0]: words for name, (*_, words) in FRAMES.items() if words}
     assert made == {name.rpartition(".")[0].replace("/", "_") for name in FRAMES} - {*bad}
     skipped = record(tmp_path / "out")["skipped"]
+    assert record(tmp_path / "out")["not_read"]["labels without an image"] == 1
     assert len(skipped) == len(bad) and f"{len(bad)} frames skipped" in text
     for stem, words in bad.items():
         (line,) = [x for x in skipped if f"/{stem}." in x.split(": ")[0]]

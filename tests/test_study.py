@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +42,7 @@ def numbers(scores, fid):
     rows = {row: {"scores": {"fid": {"value": fid.get(row, 20.0)}, "kid": {"value": 0.02},
                              "ssim": {"value": 0.25}, "ssim_range1": {"value": 0.01}}}
             for row in scores if row != "real"}
-    return {"settings": {"precision": "float32"}, "segment": [
+    return {"settings": {"pretrain": "", "gan": "", "precision": "float32"}, "segment": [
         {"network": "unet", "epochs": 30, "tested": tested}],
             "table2": {"label": "FID", "n": 6, "rows": rows}}
 
@@ -100,6 +101,21 @@ def test_a_lower_fid_and_a_higher_ssim_are_claimed(record):
     assert "| refining lowers FID | holds | -9.9 [-10.6, -9.3] |" in text
     assert "| refining lowers KID x 1000 | holds | -10.0 [-10.0, -10.0] |" in text
     assert "| refining raises SSIM (L = 255) | holds | +0.150 [0.150, 0.150]" in text
+
+
+def test_seeds_of_several_machines(record):
+    """Those of a row are named; a number without R has no deviation, whatever its processor."""
+    first, second = record["seeds"].values()
+    second["settings"]["precision"] = "bfloat16"
+    second["table2"]["rows"]["synthetic"]["scores"]["fid"]["value"] += 1e-4
+    del second["table2"]["rows"]["other"], second["segment"][0]["tested"]["other"]
+    text = report.text_of(record)
+    assert "gan.py ; float32\n- seed 1: pretrain.py ; train_gan.py ; bfloat16\n" in text
+    assert "| synthetic | 0, 1 | 20.0 |" in text and "| ours | 0, 1 | 12.0 ± 2.8 |" in text
+    assert "| other | 0 | 20.0 |" in text and "| other | 0 | 0.140 | +0.040 |" in text
+    second["table2"]["n"] = 7
+    with pytest.raises(UserError, match="test: the FID of its seeds is of other"):
+        report.text_of(record)
 
 
 def test_the_report_names_rows_that_there_are():
@@ -275,16 +291,25 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
     text = report.text_of({**record, "seeds": {"0": {**numbers, "segment": both}}})
     assert "## U-Net, 1 epochs\n" in text and "## DeepLabV3+, 1 epochs\n" in text
     assert (tmp_path / "my study-figure1.png").is_file()
-    record["seeds"]["7"] = record["seeds"]["10"] = numbers     # of another machine
-    record["rows"]["rule"], record["seeds"]["0"] = {}, {}
-    (tmp_path / "my study.json").write_text(json.dumps(record))
     run.main()
     assert len(asked) == 7                                     # nothing was left to do
-    run.write_record(run.arguments())
+
+    args = run.arguments()
+    other = {**numbers, "settings": {**numbers["settings"], "precision": "bfloat16"}}
+    record["rows"]["rule"] = {}
+    record["seeds"] = {"10": other, "0": {}, "7": {}}          # seed 10 is of another machine
+    (tmp_path / "my study.json").write_text(json.dumps(record))
+    shutil.copytree(args.base / "seed0/results", args.base / "seed7/results")
+    write_json(args.base / "seed7/settings.json", other["settings"])
+    run.write_record(args)
     record = json.loads((tmp_path / "my study.json").read_text())
-    assert list(record["seeds"]) == ["0", "7", "10"]
-    assert record["seeds"]["0"] == record["seeds"]["7"] == numbers
+    assert record["seeds"] == {"0": numbers, "7": other, "10": other}
+    assert list(record["seeds"]) == ["0", "7", "10"]           # by number
     assert list(record["rows"]) == ["synthetic", "real", "colour", "ours", "rule"]
+    for seed, epochs, words in ((10, 1, "has seed 10 of another"), (0, 2, "is of --epochs 1")):
+        args.epochs = epochs
+        with pytest.raises(UserError, match=f"my study.json: {words}"):
+            run.run_seed(seed, [], args)
 
 
 def test_colour_gives_the_mean_and_the_deviation_of_real(fresh, tmp_path):

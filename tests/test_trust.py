@@ -370,7 +370,10 @@ def test_a_domain_of_other_images_is_named(fresh):
     for source, out in (("synthetic", "ours"), ("ours", "twice")):
         call("refine.py", "--checkpoint", fresh / "runs/ours/pretrain.pt", "--data", ".", "--out",
              f"../{out}", cwd=data / source)
-    check_domains(data, ["ours", "twice", "real"], ["train", "test"])
+    (data / "link").symlink_to("synthetic")                    # it is looked for by that name
+    call("refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--data", "data/link", "--out",
+         "data/linked", cwd=fresh)
+    check_domains(data, ["ours", "twice", "linked", "real"], ["train", "test"])
     file = data / f"ours/test/images/{names(data / 'ours/test')[0]}.png"
     file.rename(file.with_name("x.png"))
     with pytest.raises(UserError, match="data/ours: was refined from other images"):
@@ -380,8 +383,9 @@ def test_a_domain_of_other_images_is_named(fresh):
         source = data / "synthetic/test" / kind / file.name
         before = source.read_bytes()
         noise(0, (24, 48)).save(source)
-        with pytest.raises(UserError, match="than those in .*/synthetic today"):
-            check_domains(data, ["ours"], ["test"])
+        for domain, name in (("ours", "synthetic"), ("linked", "link")):
+            with pytest.raises(UserError, match=f"than those in .*/{name} today"):
+                check_domains(data, [domain], ["test"])
         source.write_bytes(before)
 
 
