@@ -157,30 +157,33 @@ def claims_table(record, by_network):
     rows = []
     for network, by_seed in by_network.items():
         for text, one, other in CLAIMS:
-            for metric, unit in (("mIoU", ""), ("accuracy", " points")):
+            cells = []
+            for metric in ("mIoU", "accuracy"):
                 found = difference(by_seed, one, other, metric)
                 if found:
-                    rows.append([f"{NETWORKS[network]}: {text}", f"{metric}: {verdict(found)}",
-                                 with_interval(found, DIGITS[metric], "+") + unit])
+                    cells.append(f"{verdict(found)}: {with_interval(found, DIGITS[metric], '+')}")
+            if cells:
+                rows.append([f"{NETWORKS[network]}: {text}", *cells])
         gap = gap_closed(by_seed, "ours", "mIoU")
         if gap:
             rows.append([f"{NETWORKS[network]}: ours closes {AIM} % of the gap to real images (an "
-                         "aim of this repository)", f"mIoU: {verdict(gap, AIM)}",
-                         f"{with_interval(gap, 0)} %"])
+                         "aim of this repository)",
+                         f"{verdict(gap, AIM)}: {with_interval(gap, 0)} %", ""])
     for metric, name in (("fid", "FID"), ("kid", "KID x 1000"), ("ssim", "SSIM (L = 255)"),
                          ("ssim_range1", "SSIM (L = 1)")):
         effect, sign = ("lowers", -1) if metric in ("fid", "kid") else ("raises", 1)
         found = minus(quality(record, "ours", metric), quality(record, "synthetic", metric))
         if found:
             so = verdict([sign * value for value in found])
-            rows.append([f"refining {effect} {name}", so,
-                         with_interval(found, DIGITS[metric], "+")])
+            rows.append([f"refining {effect} {name}",
+                         f"{so}: {with_interval(found, DIGITS[metric], '+')}", ""])
     best, cases = diagonal(record, by_network)
     if cases:
+        so = "holds" if best == cases else "does not always hold"
         rows.append(["the diagonal (cf. Tables 3 to 6) is the highest of its row and column",
-                     "holds" if best == cases else "does not always hold",
-                     f"{best} of {cases} rows and columns"])
-    return markdown_table(["claim", "verdict", "number [95 %]"], rows)
+                     f"{so}: {best} of {cases} rows and columns", ""])
+    return markdown_table(["claim", "verdict: number [95 %]; of a network: mIoU",
+                           "accuracy, points"], rows)
 
 
 # ------------------------------------------------------------------------------ the tables
