@@ -150,13 +150,7 @@ def make_row(name, seed, folder, args, history):
 def run_seed(seed, history, args):
     """All rows of a seed, then their scores and the segmentation networks. history: the command
     that has prepared the data, in a list."""
-    folder, path = args.base / f"seed{seed}", args.results / f"{args.name}.json"
-    old = read_record(path)
-    if str(seed) in old.get("seeds", {}) and not folder.exists():
-        raise UserError(f"{path}: has seed {seed} of another machine; choose another NAME, or "
-                        "other --seeds")
-    if old.get("epochs", args.epochs) != args.epochs:
-        raise UserError(f"{path}: is of --epochs {old['epochs']}; choose another NAME")
+    folder = args.base / f"seed{seed}"
     lock(folder)
     write_json(folder / "settings.json", {
         key: getattr(args, key) for key in ("prepare", "pretrain", "gan", "precision")})
@@ -197,6 +191,18 @@ def numbers_of_seed(folder):
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     return {"settings": settings, "table2": {key: table2[key] for key in TABLE2},
             "segment": segment}
+
+
+def check_record(args):
+    """UserError if the record has one of --seeds of another machine, or is of other --epochs."""
+    path = args.results / f"{args.name}.json"
+    old = read_record(path)
+    for seed in args.seeds:
+        if str(seed) in old.get("seeds", {}) and not (args.base / f"seed{seed}").exists():
+            raise UserError(f"{path}: has seed {seed} of another machine; choose another NAME, or "
+                            "other --seeds")
+    if old.get("epochs", args.epochs) != args.epochs:
+        raise UserError(f"{path}: is of --epochs {old['epochs']}; choose another NAME")
 
 
 def write_record(args):
@@ -248,6 +254,7 @@ def main():
     args = arguments()
     print(f"study.run: reads prepare.py {args.prepare}; writes {args.base}/ and "
           f"{args.results}/{args.name}.json", flush=True)
+    check_record(args)
     prepare = ["prepare.py", "--out", f"{args.base}/data", *shlex.split(args.prepare)]
     once(args.base / "stamps/prepare", prepare, shlex.join(prepare))
     for seed in args.seeds:

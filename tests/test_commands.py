@@ -244,8 +244,8 @@ def test_the_readmes_result_is_the_studys():
     record = (ROOT / "study/results/game-80x160.md").read_text(encoding="utf-8")
     table = re.search(r"\| trained on \| seeds .*?\n\n", readme, re.S)[0]
     table = table.strip().splitlines()[2:]
-    assert [line.split()[1] for line in table] == ["synthetic", "colour", "simgan", "ours",
-                                                       "real"]
+    rows = [line.split()[1] for line in table]
+    assert rows == ["synthetic", "colour", "simgan", "ours", "real"]
     for line in table:
         name, *cells = line.strip("| ").split(" | ")
         rows = [row.split(" | ") for row in record.splitlines() if row.startswith(f"| {name} |")]

@@ -117,7 +117,7 @@ def test_one_picture_and_the_size_of_training(pictures):
     (["--checkpoint", "two.pt", "--images", "own", "--out", "old"], "was made with sha256"),
     (["--data", "own", "--out", "old"], "was made with images = "),
     (["--images", "twice", "--out", "x"], "would both become"),
-    (["--images", "set", "--out", "x"], "set/labels/a.png: seems to be a label map, but set was given"),
+    (["--images", "set", "--out", "x"], "set/labels/a.png: seems to be a label map"),
     (["--images", "own", "--out", "x", "--size", 3, 9], "--size"),
     (["--size", 9, 9, "--out", "x"], "--size")])
 def test_what_pictures_are_refused(pictures, flags, words):

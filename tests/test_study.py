@@ -305,10 +305,12 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
     assert record["seeds"] == {"0": numbers, "7": other, "10": other}
     assert list(record["seeds"]) == ["0", "7", "10"]           # by number
     assert list(record["rows"]) == ["synthetic", "real", "colour", "ours", "rule"]
-    for seed, epochs, words in ((10, 1, "has seed 10 of another"), (0, 2, "is of --epochs 1")):
-        args.epochs = epochs
-        with pytest.raises(UserError, match=f"my study.json: {words}"):
-            run.run_seed(seed, [], args)
+    for last, wanted in (("--seeds 0 10 --epochs 1", "has seed 10 of another"),
+                         ("--seeds 0 --epochs 2", "is of --epochs 1")):
+        monkeypatch.setattr(sys, "argv", ["run.py", *flags, *last.split()])
+        with pytest.raises(UserError, match=f"my study.json: {wanted}"):
+            run.main()                                         # before any work
+    assert len(asked) == 7
 
 
 def test_colour_gives_the_mean_and_the_deviation_of_real(fresh, tmp_path):

@@ -120,7 +120,7 @@ def test_the_default_for_test_is_200_or_a_fifth(count, test):
 
 def test_what_lies_beside_the_labels_of_the_official_sets(raw, tmp_path):
     """N_labelTrainIds.png beside N.png, and Cityscapes' other files: counted, not refused; alone
-    they are the labels. A missing gtFine/val is named."""
+    they are the labels. A missing gtFine/val, or only gtCoarse, is named."""
     shutil.copytree(raw, tmp_path / "raw")
     gta, cs = tmp_path / "raw/gtav", tmp_path / "raw/cityscapes"
     for file in (gta / "labels").glob("*.png"):
@@ -138,7 +138,9 @@ def test_what_lies_beside_the_labels_of_the_official_sets(raw, tmp_path):
                            load_labels(tmp_path / "again/real" / split))
     shutil.rmtree(cs / "gtFine/val")
     assert "gtFine/val: no such" in call(*command, "--out", "c", cwd=tmp_path, status=2)[1]
-    for folder in (gta / "labels", cs / "gtFine", cs / "leftImg8bit/val"):
+    (cs / "gtFine").rename(cs / "gtCoarse")
+    assert "gtCoarse/ only" in call(*command, "--out", "d", cwd=tmp_path, status=2)[1]
+    for folder in (gta / "labels", cs / "gtCoarse", cs / "leftImg8bit/val"):
         shutil.rmtree(folder)                                  # images alone, nothing held out
     call(*command, "--out", "e", cwd=tmp_path)
     assert [*record(tmp_path / "e")["counts"].values()] == [9, 3, 6, 3]
