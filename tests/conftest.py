@@ -1,4 +1,5 @@
 """Shared by the tests: run a script as a user does, and draw tiny raw data sets."""
+import importlib
 import io
 import json
 import multiprocessing
@@ -110,6 +111,12 @@ def run_here(monkeypatch, folder, script, flags, seconds=2):
     monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, flags)])
     monkeypatch.setattr(training, "stop_requests", list)       # leave pytest's signals alone
     module.main()
+
+
+def parsed(monkeypatch, module, flags):
+    """What the parser of a script, or of a module of study, makes of these flags."""
+    monkeypatch.setattr(sys, "argv", [f"{module}.py", *flags])
+    return importlib.import_module(module).arguments()
 
 
 def noise(seed, size=(48, 64), high=256):

@@ -6,7 +6,6 @@ import torch
 from conftest import call
 
 import prepare
-from prepare import read_record
 from support import cli
 from support.cli import UserError, lock, whole, write_text
 
@@ -64,13 +63,6 @@ def test_what_a_user_can_mend_is_one_line(error, words, capsys):
         err = capsys.readouterr().err
         assert ": error: " in err and err.count("\n") == 1
         assert all(word in err for word in words), err
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "\xff"])
-def test_a_damaged_record_is_named(tmp_path, content):
-    (tmp_path / "refine.json").write_text(content, encoding="latin-1")
-    with pytest.raises(UserError, match="refine.json: damaged"):
-        read_record(tmp_path / "refine.json")
 
 
 def test_a_worker_that_is_killed(tmp_path, monkeypatch):

@@ -138,13 +138,20 @@ def test_the_other_stages_run_on_it(fresh):
 def test_a_run_stopped_on_one_device_resumes_on_the_other(fresh, first, then):
     gan = ["train_gan.py", "--steps", 60, "--batch-size", 2, "--save-every", 2, "--sample-every",
            60]
+    shutil.copytree(fresh / "runs/ours", fresh / "runs/whole")
+    call(*gan, "--device", "cpu", "--run", "runs/whole", cwd=fresh)
     last = fresh / "runs/ours/last.pt"
     process = Command(*gan, "--device", first, cwd=fresh)
     process.wait_for(last.exists)
     process.terminate()
     assert process.wait() == 130
     call(*gan, "--device", then, "--resume", cwd=fresh)
-    assert torch.load(last, weights_only=True)["step"] == 60
+    found, wanted = (torch.load(fresh / f"runs/{run}/last.pt", weights_only=True)
+                     for run in ("ours", "whole"))
+    assert found["step"] == 60
+    for part in ("refiner", "discriminator", "average"):
+        for name, weight in wanted[part].items():
+            close(found[part][name], weight, 1e-2)
 
 
 def test_images_that_do_not_fit_stay_in_main_memory(monkeypatch, capsys):

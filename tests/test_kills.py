@@ -22,7 +22,7 @@ from support.cli import UserError
 from support.training import load_checkpoint
 
 # A save after every step, so that a random moment often lies in one.
-GAN = ["--steps", 10, "--batch-size", 2, "--sample-every", 2, "--save-every", 1]
+GAN = ["--steps", 10, "--batch-size", 2, "--sample-every", 2, "--save-every", 1, "--history", 2]
 PRETRAIN = ["--method", "simgan", "--steps", 10, "--d-steps", 6, "--batch-size", 2,
             "--save-every", 1, "--inception", "random"]
 RARELY = ["--save-every", 4]
@@ -98,7 +98,7 @@ def test_data_stages_killed_and_run_again(fresh, command, out):
         if killed and content(fresh / out) != content(fresh / "whole"):   # not after its last byte
             met += 1
             for split in (fresh / out).glob("**/t[er]*"):              # train and test
-                with pytest.raises(UserError):
+                with pytest.raises(UserError, match="not finished|no .*png there"):
                     prepare.names(split)
     assert met
     call(*command, out, cwd=fresh)
@@ -133,13 +133,16 @@ def test_a_second_signal_stops_at_once(fresh):
     assert not (fresh / "runs/twice/pretrain.pt").exists()
 
 
-def test_a_closed_terminal_saves_and_stops(fresh):
-    """SIGHUP, after which nothing can be written any more."""
+@pytest.mark.parametrize("signum, said", [(signal.SIGHUP, ""), (signal.SIGTERM, "once more stops")])
+def test_a_training_that_is_asked_to_stop_saves(fresh, signum, said):
+    """By a closed terminal, after which nothing can be written any more, or by a batch system."""
     process = Command("train_gan.py", "--batch-size", 2, "--save-every", 2, cwd=fresh)  # 5000 steps
     last = fresh / "runs/ours/last.pt"
     process.wait_for(last.exists)
-    os.kill(process.pid, signal.SIGHUP)
-    assert process.wait() == 130 and "once more" not in process.read("stderr")
+    os.kill(process.pid, signum)
+    assert process.wait() == 130
+    err = process.read("stderr")
+    assert said in err and ("once more" in err) == ("; --resume goes on" in err) == bool(said)
     assert not torch.load(last, weights_only=True)["finished"]
 
 

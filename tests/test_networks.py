@@ -13,8 +13,7 @@ from models import (DeepLabV3Plus, Discriminator, Refiner, inception_features, l
                     resize_299)
 from support import training
 from support.cli import UserError
-from support.training import (autocast, load_checkpoint, make_optimizer, rebuild, to_float,
-                              to_uint8)
+from support.training import autocast, make_optimizer, rebuild, to_float, to_uint8
 
 
 # ------------------------------------------------------------------------------- networks
@@ -52,8 +51,11 @@ def full(images):
 
 def test_every_inception_layer_equals_torchvisions_with_keras_pooling(full, images, tmp_path):
     """torchvision's own forward pass, told to pool like Keras (it can be, but not by an argument);
-    in float64, since 94 random layers enlarge the last digits of float32."""
-    torch.save(full.state_dict(), tmp_path / "net.pt")
+    in float64, since 94 random layers enlarge the last digits of float32. The file lacks what the
+    features do not need, and what files from before PyTorch 0.4.1 lack."""
+    needless = ("fc.", "AuxLogits.", "num_batches_tracked")
+    torch.save({k: v for k, v in full.state_dict().items()
+                if not any(part in k for part in needless)}, tmp_path / "net.pt")
     net, theirs = load_inception(tmp_path / "net.pt").double(), copy.deepcopy(full).double()
     x, wanted, pool = to_float(images[:2]).double(), {}, F.avg_pool2d
     for name, module in theirs.named_children():
@@ -91,31 +93,15 @@ def test_features_that_are_not_finite_are_refused(images):
         inception_features(net, images, "cpu")
 
 
-def test_inception_from_a_file(full, images, tmp_path):
-    """float16, half the size (11 bits); without what the features do not need, and what files from
-    before PyTorch 0.4.1 lack. The output is that of torchvision's own layers."""
-    needless = ("fc.", "AuxLogits.", "num_batches_tracked")
-    torch.save({k: v.half() for k, v in full.state_dict().items()
-                if not any(part in k for part in needless)}, tmp_path / "net.pt")
-    x = to_float(images[:2])
-    with torch.no_grad():
-        wanted = nn.Sequential(*list(full.children())[:6])(x)         # to Conv2d_4a_3x3
-    found = load_inception(tmp_path / "net.pt", "Conv2d_4a_3x3")(x)
-    assert wanted.std() > 1e-3 and found.dtype == torch.float32
-    assert (found - wanted).norm() < 5e-3 * wanted.norm()
-
-
 @pytest.mark.parametrize("change, found", [
-    (lambda state: bytes(range(256)) * 20, "damaged"),
     (lambda state: torch.zeros(3), "470 of 470"),
     (lambda state: {**state, "Mixed_5b.branch1x1.conv.weight": torch.zeros(1)},
      "1 of 470 .*first is Mixed_5b.branch1x1.conv.weight")])
 def test_inception_refuses_another_file(full, tmp_path, change, found):
     """Whatever is in the file: one error that names the flag, the file and what is missing."""
-    content, file = change(full.state_dict()), tmp_path / "net.pt"
-    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    torch.save(change(full.state_dict()), tmp_path / "net.pt")
     with pytest.raises(UserError, match=f"--inception .*net.pt.*{found}"):
-        load_inception(file)
+        load_inception(tmp_path / "net.pt")
 
 
 def test_imagenet_is_torchvisions_or_names_the_other_choices(tmp_path, monkeypatch, full):
@@ -151,37 +137,6 @@ def test_a_refiner_of_an_older_checkpoint_loads():
     state["refiner_args"]["skip"] = True
     with pytest.raises(UserError, match="old.pt.*refiner"):
         rebuild(Refiner, state, "refiner", "old.pt")
-
-
-@pytest.mark.parametrize("name", training.OPTIMIZERS)
-def test_an_optimizer_goes_on_in_another_memory_order(name):
-    """Whichever device has saved it: the next step is the same."""
-    layouts, x = (torch.contiguous_format, torch.channels_last), torch.rand(2, 3, 9, 9)
-    nets = [nn.Conv2d(3, 5, 4).to(memory_format=layout) for layout in layouts]
-    one, other = (make_optimizer(name, net.parameters(), 0.1) for net in nets)
-
-    def step(net, optimizer):
-        optimizer.zero_grad()
-        net(x).square().sum().backward()
-        optimizer.step()
-    step(nets[0], one)
-    nets[1].load_state_dict(nets[0].state_dict())
-    other.load_state_dict(copy.deepcopy(one.state_dict()))
-    step(nets[0], one), step(nets[1], other)
-    torch.testing.assert_close(nets[1].weight, nets[0].weight)
-
-
-@pytest.mark.parametrize("zip_format", [True, False])
-def test_truncated_checkpoint(tmp_path, zip_format):
-    """A file cut off anywhere, in PyTorch's present format or the old one: one error."""
-    path = tmp_path / "a.pt"
-    torch.save({"stage": "gan", "weights": torch.arange(100.0)}, path,
-               _use_new_zipfile_serialization=zip_format)
-    whole = path.read_bytes()
-    for length in range(0, len(whole) - 40, 29):
-        path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="a.pt"):
-            load_checkpoint(path, ["gan"], "")
 
 
 def test_bfloat16_changes_the_arithmetic_not_the_interface():

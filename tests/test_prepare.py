@@ -219,7 +219,6 @@ FRAMES = {
                 "2 pictures"),
     "turned.jpg": (encoded(PHOTO, "JPEG", exif=TURNED), LABEL, "EXIF"),
     "n" * 247 + ".png": (PHOTO, LABEL, ""),
-    "n" * 248 + ".png": (PHOTO, LABEL, "name too long"),
     "deep label.png": (PHOTO, DEEP, "label ids 3000"),
     "unknown ids.png": (PHOTO, Image.new("L", (64, 48), 35), "label ids 35 are not labelIds"),
 }
@@ -255,14 +254,17 @@ def test_the_table_of_bad_input(tmp_path):
 # --------------------------------------------------------------------- reading prepared folders
 
 
-@pytest.mark.parametrize("record", ["real/refine.json", "prepare.json"])
-def test_what_a_stopped_run_left_is_not_used(tmp_path, record):
+@pytest.mark.parametrize("record, content, words", [
+    ("real/refine.json", '{"finished": false}', "not finished"),
+    ("prepare.json", '{"finished": false}', "not finished"),
+    *[("prepare.json", content, "prepare.json: damaged") for content in ("", "{", "[]", "\xff")]])
+def test_what_a_stopped_run_left_is_not_used(tmp_path, record, content, words):
     """A half-made folder would be a smaller data set, and nobody would notice."""
     save(fill(tmp_path / "real/train/images", 1) / "._00.png", b"of a macOS archive")
     save(tmp_path / "real/train/images/00-a.png", noise(0))
     assert names(tmp_path / "real/train") == ["00", "00-a"]
-    (tmp_path / record).write_text('{"finished": false}')
-    with pytest.raises(UserError, match="not finished"):
+    (tmp_path / record).write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=words):
         names(tmp_path / "real/train")
 
 
