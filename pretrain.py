@@ -24,8 +24,8 @@ from models import REAL, REFINED, Discriminator, Refiner, load_inception, patch_
 from prepare import check_domains, load_images
 from support.cli import announce, lock, parser, positive, start
 from support.figures import save_grid
-from support.training import (OPTIMIZERS, Batches, Training, add_inception_flag, add_training_flags,
-                              autocast, keep_on, make_optimizer, pick_device, place, precision_note,
+from support.training import (Batches, Training, add_inception_flag, add_training_flags, autocast,
+                              keep_on, make_optimizer, pick_device, place, precision_note,
                               saved_run, settings_of, to_float, to_uint8)
 
 COLUMNS = ["network", "loss", "mean_change", "accuracy"]
@@ -79,8 +79,6 @@ def arguments():
     p.add_argument("--d-lr", type=positive(float), default=1e-3, help="(paper) of D")
     p.add_argument("--layer", default="Conv2d_4a_3x3", help="psi_j of Eq 5, ours only")
     add_inception_flag(p)
-    p.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="of R")
-    p.add_argument("--d-optimizer", choices=OPTIMIZERS, default="momentum", help="of D")
     p.add_argument("--final-relu", action="store_true", help="the last ReLU of Table 1")
     p.add_argument("--d-stride", type=positive(int), default=3,
                    help="(paper) stride of D's first layer: patches of 50 x 50 pixels; 1: 20 x 20")
@@ -106,8 +104,8 @@ def summarise(path, R, images, rows, args):
 def train(R, D, psi, synthetic, real, args, device, settings, saved):
     """--steps updates of R, then --d-steps of D; images uint8 [N, 3, H, W]. Returns the log."""
     n = args.batch_size
-    optimizer_R = make_optimizer(args.optimizer, R.parameters(), args.lr)
-    optimizer_D = make_optimizer(args.d_optimizer, D.parameters(), args.d_lr)
+    optimizer_R = make_optimizer("adam", R.parameters(), args.lr)
+    optimizer_D = make_optimizer("momentum", D.parameters(), args.d_lr)
     batches = Batches(args.seed, device)
     training = Training(args.run / "pretrain.pt", "pretrain", args.run / "pretrain.csv", settings,
                         COLUMNS, saved, refiner=R, discriminator=D, optimizer_R=optimizer_R,

@@ -6,7 +6,6 @@ and seed, so the same initial weights and the same order.
 
 Reads   data/*/{train,test}/{images,labels}
 Writes  results/segment_NETWORK.md    full matrices of mIoU and pixel accuracy, per-class IoU
-        results/segment_NETWORK.png   the matrices as heat maps
         results/segment_NETWORK.json  every confusion matrix, settings, versions
         results/table7.png            what each training set taught, on real test images
         results/weights/              the trained networks; a finished one is not trained again
@@ -29,7 +28,7 @@ from prepare import (CLASSES, IGNORE, TABLE, check_domains, classes_of, load_ima
                      names)
 from support.cli import (UserError, announce, markdown_table, natural, parser, path_of, positive,
                          progress, provenance, start, writable, write_json, write_text)
-from support.figures import save_grid, save_matrices
+from support.figures import save_grid
 from support.raw import palette_of
 from support.training import (add_device_flag, add_precision_flag, autocast, keep_on,
                               load_checkpoint, make_optimizer, pick_device, place,
@@ -195,22 +194,17 @@ def class_table(by_seed, rows, table):
 
 
 def report(network, by_seed, rows, columns, count, args):
-    """Write and print segment_NETWORK.md, and draw its matrices."""
+    """Write and print segment_NETWORK.md."""
     text = [f"### {NETWORKS[network]}: {count} training images, {args.epochs} epochs, batch "
             f"{args.batch_size}, lr {args.lr}, seeds {' '.join(map(str, args.seeds))}", ""]
-    means = {}
-    for metric, title in (("mIoU", "mIoU"), ("accuracy", "pixel accuracy (%)")):
+    for metric in ("mIoU", "accuracy"):
         paper = PAPER[network][metric] if args.table == TABLE else {}     # its 19 classes
         text.append(matrix_table(metric, paper, by_seed, rows, columns))
-        means[title] = []
-        for row in rows:
-            means[title].append([np.mean(of_seeds(by_seed, row, d, metric)) for d in columns])
     text.append("One seed: nothing here says how much another seed would change (--seeds 0 1 2).\n"
                 if len(by_seed) == 1 else "± is the standard deviation over the seeds.\n")
     text = "\n".join([*text, class_table(by_seed, rows, args.table)])
     write_text(args.out / f"segment_{network}.md", text)
     print(text)
-    save_matrices(args.out / f"segment_{network}.png", means, rows, columns)
 
 
 def colour(labels, table):
@@ -353,7 +347,7 @@ def main():
 
     # 3. Table 7.
     draw_table7(args.out / "table7.png", data, pictures, args.table)
-    print(f"done: {args.out}/segment_*.md, {args.out}/segment_*.png, {args.out}/table7.png")
+    print(f"done: {args.out}/segment_*.md, {args.out}/table7.png")
 
 
 if __name__ == "__main__":

@@ -194,7 +194,6 @@ def arguments():
                    "averaged for average.pt (default: a fifth of --steps, at most 200)")
     p.add_argument("--rec", choices=["l1", "l2"], default="l2",
                    help="L_rec: squares, or L1 as printed")
-    p.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="(paper) of R")
     p.add_argument("--d-optimizer", choices=OPTIMIZERS, default="momentum", help="of D")
     p.add_argument("--save-every", type=positive(int), default=500, help="steps")
     p.add_argument("--sample-every", type=positive(int), default=100,
@@ -235,7 +234,7 @@ def load_data(folder):
 def train(R, D, synthetic, real, pairs, args, device, settings, saved):
     """Section 3.3. synthetic, real: uint8 [N, 3, H, W]; returns the log and the best step."""
     n = args.batch_size
-    optimizer_R = make_optimizer(args.optimizer, R.parameters(), args.lr)
+    optimizer_R = make_optimizer("sgd", R.parameters(), args.lr)        # "an SGD step"
     optimizer_D = make_optimizer(args.d_optimizer, D.parameters(), args.d_lr)
     batches = Batches(args.seed, device)
     average, best = copy.deepcopy(R), BestStep()

@@ -208,7 +208,7 @@ def table2(record):
 
 def real_table(record, by_seed):
     """Scores on real of every row, what it gains over synthetic, the share of the gap closed."""
-    rows, shared = [], len(shared_classes(record))
+    rows = []
     for row in rows_in(record, by_seed):
         cells = [row, ", ".join(on_real(by_seed, row, "mIoU"))]
         for metric, digits in (("mIoU", 3), ("accuracy", 1)):
@@ -219,18 +219,8 @@ def real_table(record, by_seed):
         rows.append([*cells, with_spread(on_real(by_seed, row, "shared"), "shared")])
     head = ["trained on", "seeds", "mIoU on real", "minus synthetic", "gap closed, %",
             "accuracy on real, %", "minus synthetic", "gap closed, %",
-            f"mIoU of {shared} classes"]
-    if shared == len(CLASSES):                                # the last column says nothing new
-        head, rows = head[:-1], [cells[:-1] for cells in rows]
+            f"mIoU of {len(shared_classes(record))} classes"]
     return markdown_table(head, rows)
-
-
-def segment_tables(record, network, by_seed):
-    """Tables 3 to 6 and the IoU of every class on real, as segment.py has them of one run."""
-    names, tables = rows_in(record, by_seed), []
-    for metric, paper in PAPER[network].items():
-        tables.append(matrix_table(metric, paper, by_seed, names, names).strip())
-    return [*tables, class_table(by_seed, names, TABLE).strip()]
 
 
 def epochs_table(record, network):
@@ -275,9 +265,11 @@ def text_of(record):
     parts = [f"# {record['name']}", NOTE, settings_text(record),
              claims_table(record, by_network), "## Table 2", table2(record)]
     for network, by_seed in by_network.items():
-        parts += [f"## {NETWORKS[network]}, {record['epochs']} epochs",
-                  real_table(record, by_seed),
-                  *segment_tables(record, network, by_seed), epochs_table(record, network)]
+        names = rows_in(record, by_seed)
+        parts += [f"## {NETWORKS[network]}, {record['epochs']} epochs", real_table(record, by_seed)]
+        for metric, paper in PAPER[network].items():          # Tables 3 to 6, as segment.py's
+            parts.append(matrix_table(metric, paper, by_seed, names, names).strip())
+        parts += [class_table(by_seed, names, TABLE).strip(), epochs_table(record, network)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

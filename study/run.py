@@ -34,9 +34,9 @@ GIVEN = ["synthetic", "real"]                                # made by prepare.p
 
 # The rows, in the order of the work, and what is changed in them. "pretrain", "gan": flags added
 # to those of pretrain.py, train_gan.py. "method": simgan, if not ours. "checkpoint": what refine.py
-# takes, if not average.pt; "of": of that row's training, which is not done again. "filter": images
-# made by that module, of those of the row "of", if any. "segment": False, if no network is trained
-# on the row.
+# takes, if not average.pt; "of": of that row's training, which is not done again; "as": the row
+# whose pre-training it shares. "filter": images made by that module, of those of the row "of",
+# if any. "segment": False, if no network is trained on the row.
 ROWS = {
     "synthetic": {},
     "real": {},
@@ -46,7 +46,7 @@ ROWS = {
     "ours-colour": {"of": "ours", "filter": "study.colour"},     # R, then matched
     "rule": {"of": "ours", "checkpoint": "gan.pt"},          # of the paper's best step
     "pretrained": {"of": "ours", "checkpoint": "pretrain.pt", "segment": False},
-    "l1": {"gan": "--rec l1"},                               # Eq 4 as printed
+    "l1": {"as": "ours", "gan": "--rec l1"},         # Eq 4 as printed
     "as-printed": {"pretrain": "--final-relu", "gan": "--rec l1", "checkpoint": "gan.pt"},
     "finer-d": {"pretrain": "--d-stride 1"},                 # patches of 20 x 20, not 50 x 50
 }
@@ -67,14 +67,6 @@ def training(stage, name, seed, folder, args):
             *shlex.split(ROWS[name].get(stage, ""))]
 
 
-def same_pretraining(name):
-    """The first row that pre-trains as this one does: it does so for both."""
-    for other, row in ROWS.items():
-        trains = other not in GIVEN and "filter" not in row
-        if trains and all(row.get(key) == ROWS[name].get(key) for key in ("method", "pretrain")):
-            return other
-
-
 def commands_of_row(name, seed, folder, args):
     """The commands that make the domain of a row, in order: [(name of the step, command)]."""
     row, out = ROWS[name], f"{folder}/data/{name}"
@@ -89,18 +81,16 @@ def commands_of_row(name, seed, folder, args):
     checkpoint = f"{folder}/runs/{trained}/{row.get('checkpoint', 'average.pt')}"
     refine = ["refine.py", "--checkpoint", checkpoint, "--data", f"{folder}/data/synthetic",
               "--out", out]
-    first = same_pretraining(trained)
+    first = ROWS[trained].get("as", trained)
     return [(f"{first}-pretrain", training("pretrain", first, seed, folder, args)),
             (f"{trained}-gan", training("gan", trained, seed, folder, args)),
             (f"{name}-refine", refine)]
 
 
-def segmentations(seed, args):
+def segmentations(args):
     """The segmentation trainings of a seed: [(network, epochs, rows)]."""
     rows = [name for name in args.rows if ROWS[name].get("segment", True)]
-    wanted = [("unet", args.epochs, rows)]
-    if seed == 0:
-        wanted += [("unet", epochs, rows) for epochs in args.curve]
+    wanted = [("unet", epochs, rows) for epochs in (args.epochs, *args.curve)]
     deeplab = [name for name in args.deeplab if name in rows]
     if deeplab:
         wanted.append(("deeplabv3plus", args.epochs, deeplab))
@@ -137,7 +127,7 @@ def make_row(name, seed, folder, args, history):
         resume = False
         if command[0] in CHECKPOINTS:
             trained = Path(command[command.index("--run") + 1])
-            source = folder / "runs" / same_pretraining(trained.name)
+            source = folder / "runs" / ROWS[trained.name].get("as", trained.name)
             if source != trained:                              # only train_gan.py's may differ
                 trained.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source / "pretrain.pt", trained)   # half a copy is made again
@@ -152,8 +142,6 @@ def run_seed(seed, history, args):
     that has prepared the data, in a list."""
     folder = args.base / f"seed{seed}"
     lock(folder)
-    write_json(folder / "settings.json", {
-        key: getattr(args, key) for key in ("prepare", "pretrain", "gan", "precision")})
     (folder / "data").mkdir(exist_ok=True)
     for name in GIVEN:
         link = folder / "data" / name
@@ -162,11 +150,13 @@ def run_seed(seed, history, args):
     made = list(history)
     for name in args.rows:
         made += make_row(name, seed, folder, args, history)
+    write_json(folder / "settings.json", {                    # which no training has refused
+        key: getattr(args, key) for key in ("prepare", "pretrain", "gan", "precision")})
     evaluate = ["evaluate.py", "--data", f"{folder}/data", "--out", f"{folder}/results",
                 "--inception", str(args.inception)]
     once(folder / "stamps/evaluate", evaluate, "\n".join([*made, shlex.join(evaluate)]))
     write_record(args)
-    for network, epochs, rows in segmentations(seed, args):
+    for network, epochs, rows in segmentations(args):
         command = ["segment.py", "--data", f"{folder}/data", "--out",
                    f"{folder}/results/{epochs}-epochs", "--network", network, "--epochs",
                    str(epochs), "--seeds", str(seed), "--precision", args.precision,
@@ -236,8 +226,8 @@ def arguments():
                    help="flags of train_gan.py, every row")
     add_precision_flag(p)
     p.add_argument("--epochs", type=positive(int), default=30, help="of the segmenters")
-    p.add_argument("--curve", type=positive(int), nargs="*", default=[4, 8, 15], metavar="N",
-                   help="further numbers of epochs of U-Net, seed 0 only")
+    p.add_argument("--curve", type=positive(int), nargs="*", default=[8], metavar="N",
+                   help="further numbers of epochs of U-Net")
     p.add_argument("--deeplab", choices=ROWS, nargs="*", metavar="ROW",
                    default=["synthetic", "simgan", "ours", "real"],
                    help="the rows that DeepLabV3+ learns from; none if empty")

@@ -1,4 +1,4 @@
-"""Pictures: grids of images, Figure 1, heat maps of Tables 3-6, and the demo's summary."""
+"""Pictures: grids of images, Figure 1, and the demo's summary."""
 import os
 
 import numpy as np
@@ -63,27 +63,17 @@ def save_curves(path, rows, window, best):
 
 
 def draw_matrix(axis, table, rows, columns, title):
-    """One of Tables 3-6 as a heat map with the numbers in it: trained on (rows) x tested on
-    (columns). table: array [rows, columns]; each column is shaded from its worst to its best."""
+    """A heat map of mIoU with the numbers in it: trained on (rows) x tested on (columns). table:
+    array [rows, columns]; each column is shaded from its worst to its best."""
     low, high = table.min(0), table.max(0)
     shades = (table - low) / np.maximum(high - low, 1e-9)
     axis.imshow(shades, cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
-    digits = 3 if table.max() <= 1 else 1
     for (i, j), value in np.ndenumerate(table):
-        axis.text(j, i, f"{value:.{digits}f}", ha="center", va="center",
+        axis.text(j, i, f"{value:.3f}", ha="center", va="center",
                   color="white" if shades[i, j] > 0.75 else "black")
     axis.set_xticks(range(len(columns)), columns)
     axis.set_yticks(range(len(rows)), rows)
     axis.set(title=title, xlabel="tested on", ylabel="trained on")
-
-
-def save_matrices(path, tables, rows, columns):
-    """Tables 3-6 of one network side by side, a heat map each; tables: {title: rows}."""
-    figure = Figure(figsize=(2 + 1.6 * len(columns) * len(tables), 1.4 + 0.6 * len(rows)),
-                    layout="constrained")
-    for axis, (title, table) in zip(figure.subplots(1, len(tables)), tables.items()):
-        draw_matrix(axis, np.array(table), rows, columns, title)
-    save_figure(path, figure)
 
 
 def save_summary(path, images, log, best, scores, table, columns):

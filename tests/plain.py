@@ -51,14 +51,13 @@ def descend(optimiser, loss):
 
 
 def pretrain(synthetic, real, seed=0, method="ours", layer="Conv2d_4a_3x3", steps=1200,
-             d_steps=400, batch_size=16, lr=1e-4, d_lr=1e-3, optimizer="adam",
-             d_optimizer="momentum", final_relu=False, d_stride=3):
+             d_steps=400, batch_size=16, lr=1e-4, d_lr=1e-3, final_relu=False, d_stride=3):
     """R learns to change nothing, D to tell x from y. Returns R, D and the log."""
     psi = load_inception("random", layer, real, seed) if method == "ours" else None
     torch.manual_seed(seed)
     R = Refiner().to(memory_format=LAYOUT)
     D = Discriminator(final_relu, d_stride).to(memory_format=LAYOUT)
-    of_R, of_D = optimiser(optimizer, R, lr), optimiser(d_optimizer, D, d_lr)
+    of_R, of_D = optimiser("adam", R, lr), optimiser("momentum", D, d_lr)
     random, log = torch.Generator().manual_seed(seed), []
     for _ in range(steps):
         x = draw(synthetic, batch_size, random)
@@ -77,10 +76,10 @@ def pretrain(synthetic, real, seed=0, method="ours", layer="Conv2d_4a_3x3", step
 
 
 def train(R, D, synthetic, real, seed=0, steps=5000, batch_size=16, lr=1e-4, d_lr=1e-3, alpha=50,
-          beta=4e-6, rec="l2", rec_batch=512, history=100, average=200, optimizer="sgd",
+          beta=4e-6, rec="l2", rec_batch=512, history=100, average=200,
           d_optimizer="momentum", sample_every=100):
     """Twice R, once D, and so on. Returns the log, R averaged, the best step and its R."""
-    of_R, of_D = optimiser(optimizer, R, lr), optimiser(d_optimizer, D, d_lr)
+    of_R, of_D = optimiser("sgd", R, lr), optimiser(d_optimizer, D, d_lr)
     random = torch.Generator().manual_seed(seed)
     room, n_old = history * batch_size, batch_size // 2 if history else 0
     past = list(as_images(R(draw(synthetic, batch_size, random))))[:room]

@@ -1,11 +1,10 @@
 """What train_gan.py leaves behind, refuses and says; what it computes: test_algorithm.py."""
-import sys
 from math import nan
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import call, fill, run_here
+from conftest import call, fill, parsed, run_here
 
 import pretrain
 import train_gan
@@ -27,23 +26,19 @@ def test_the_fixed_pairs_are_as_many_as_the_smaller_test_set(tmp_path, synthetic
 def test_there_is_no_gan_pt_without_a_best_step(tmp_path):
     """And what another run has left goes, or refine.py would take it."""
     (tmp_path / "gan.pt").touch()
-    R, training = Refiner(8, 1), SimpleNamespace(settings={}, step=1)
-    train_gan.save_refiners(R, R, train_gan.BestStep(), training, tmp_path)
+    R, best = Refiner(8, 1), train_gan.BestStep()
+    train_gan.save_refiners(R, R, best, SimpleNamespace(settings={}, step=1), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["average.pt"]
-
-
-def test_of_two_equal_steps_the_first_is_the_best():
-    best, row = train_gan.BestStep(), {"d_loss_refined": 1, "d_loss_real": 2, "loss_adv": 3}
-    for step in (5, 6):
-        best.look(Refiner(4, 1), step, [row])
+    for step in (5, 6):                                        # of two equal ones the first
+        best.look(R, step, [{"d_loss_refined": 1, "d_loss_real": 2, "loss_adv": 3}])
     assert (best.step, best.score) == (5, -4)
 
 
 @pytest.mark.parametrize("steps, average", [(1, 1), (120, 24), (1000, 200), (5000, 200)])
 def test_a_short_run_is_averaged_over_less(steps, average, monkeypatch):
     """Not over its first steps, in which R leaps."""
-    monkeypatch.setattr(sys, "argv", ["train_gan.py", "--steps", str(steps), "--alpha", "0"])
-    assert train_gan.arguments().average == average and train_gan.WARM_UP == 1000
+    args = parsed(monkeypatch, "train_gan", ["--steps", str(steps), "--alpha", "0"])
+    assert args.average == average and train_gan.WARM_UP == 1000
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh):

@@ -2,7 +2,7 @@
 labels, and the checks without which a stage would begin what it cannot end."""
 import base64
 import errno
-import importlib
+import hashlib
 import os
 import random
 import re
@@ -18,10 +18,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, blocks, call, encoded, fill, noise, record, save
+from conftest import ROOT, blocks, call, encoded, fill, noise, parsed, record, save
 from PIL import Image
 
 import prepare
+from evaluate import weights_of
 from models import DeepLabV3Plus, load_inception
 from prepare import PALETTE, TABLE, check_domains, load_labels, names
 from support import cli
@@ -402,8 +403,7 @@ def test_paths_have_a_home(tmp_path, monkeypatch):
                           ("study.run", "base results inception")):
         words = [f"--{flag}=~/{flag}" for flag in flags.split()]
         wanted = {"study.report": ["x"], "study.run": ["x", "--prepare", "y"]}.get(script, [])
-        monkeypatch.setattr(sys, "argv", [script, *wanted, *words])
-        args = vars(importlib.import_module(script).arguments())
+        args = vars(parsed(monkeypatch, script, [*wanted, *words]))
         for flag in flags.split():
             assert str(args[flag.replace("-", "_")]) == str(tmp_path / flag), (script, flag)
     assert path_of("~nobody-here/x") == Path("~nobody-here/x")           # a folder of that name
@@ -413,8 +413,7 @@ def test_figures_need_no_backend_and_printing_no_unicode(tmp_path):
     """A notebook's environment names a backend that a script may lack; ± is printed as ?."""
     done = subprocess.run(
         [sys.executable, "-c", "from support import cli, figures\n"
-         f"figures.save_matrices({str(tmp_path / 'a.png')!r}, {{'t': [[1.0]], 'u': [[2.0]]}}, "
-         "['a'], ['b'])\ncli.start(lambda: print('\u0141 \u00b1 1'))"],
+         f"figures.save_figure({str(tmp_path / 'a.png')!r}, figures.Figure())\ncli.start(lambda: print('\u0141 \u00b1 1'))"],
         capture_output=True, encoding="utf-8", errors="replace",
         env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline",
              "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
@@ -460,7 +459,11 @@ def test_weights_are_computed_as_their_owner_does(tmp_path):
     torch.save(net.state_dict(), tmp_path / "net.pth")
     x = to_float(torch.randint(0, 256, (2, 3, 80, 160), dtype=torch.uint8))
     below, pool3 = (load_inception(tmp_path / "net.pth", layer) for layer in ("Mixed_7b", "pool3"))
-    assert pool3.is_pytorch_fid
+    content = b"".join(w.numpy().tobytes() for w in pool3.state_dict().values())
+    assert weights_of(pool3, "a/net.pth") == ("FID as pytorch-fid computes it (net.pth)",
+                                              hashlib.sha256(content).hexdigest())
+    pool3.is_pytorch_fid = False
+    assert weights_of(pool3, "net.pth")[0] == "FID (net.pth)"
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         before, found = below(x), pool3(x)
         patch.setattr(F, "avg_pool2d", F.max_pool2d)
