@@ -3,7 +3,7 @@
 Reads   BASE/{data,runs,results}, as the six stages leave them
 Writes  BASE/summary.png
 
-    python -m study.demo --base demo                   of the toy town
+    python -m study.demo                               of the toy town
     python -m study.demo --base .                      of your own run
 """
 import json
@@ -12,7 +12,7 @@ from statistics import fmean
 
 from prepare import load_images
 from segment import of_seeds
-from support.cli import parser, path_of, start
+from support.cli import UserError, parser, path_of, start
 from support.figures import save_summary
 from support.training import load_checkpoint
 from train_gan import COLUMNS
@@ -20,7 +20,8 @@ from train_gan import COLUMNS
 
 def arguments():
     p = parser(__doc__)
-    p.add_argument("--base", type=path_of, default=Path("demo"), help="where the stages have run")
+    p.add_argument("--base", type=path_of, default=Path("demo/seed0"),
+                   help="where the stages have run")
     return p.parse_args()
 
 
@@ -42,7 +43,10 @@ def main():
     base = arguments().base
 
     # 1. What the stages have found.
-    segment = json.loads((base / "results/segment_unet.json").read_text(encoding="utf-8"))
+    found = sorted(base.glob("results/**/segment_unet.json"))
+    if not found:
+        raise UserError(f"{base}/results: no segment_unet.json; run segment.py first")
+    segment = json.loads(found[0].read_text(encoding="utf-8"))
     table2 = json.loads((base / "results/table2.json").read_text(encoding="utf-8"))
     domains, table = segment["domains"], {}                   # of which real is the last
     for row in segment["scores"][str(segment["seeds"][0])]:
@@ -58,7 +62,7 @@ def main():
     log = [dict(zip(COLUMNS, row)) for row in last["log"]]
     save_summary(base / "summary.png", images, log, last["best"]["step"], on_real,
                  list(table.values()), domains)
-    print(f"\nAll in one picture: {base}/summary.png. Tables: {base}/results/*.md. Training: "
+    print(f"\nAll in one picture: {base}/summary.png. Tables: {found[0].parent}/*.md. Training: "
           f"{base}/runs/ours/samples/")
 
 

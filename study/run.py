@@ -221,9 +221,8 @@ def arguments():
     p.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="all of it for each")
     p.add_argument("--rows", choices=ROWS, nargs="+", default=list(ROWS), metavar="ROW",
                    help="of the study, the same in every command: " + ", ".join(ROWS))
-    p.add_argument("--pretrain", default="--batch-size 4", help="flags of pretrain.py, every row")
-    p.add_argument("--gan", default="--steps 2000 --batch-size 4 --save-every 100",
-                   help="flags of train_gan.py, every row")
+    p.add_argument("--pretrain", default="", help="flags of pretrain.py, every row")
+    p.add_argument("--gan", default="", help="flags of train_gan.py, every row")
     add_precision_flag(p)
     p.add_argument("--epochs", type=positive(int), default=30, help="of the segmenters")
     p.add_argument("--curve", type=positive(int), nargs="*", default=[8], metavar="N",
@@ -249,8 +248,8 @@ def main():
     once(args.base / "stamps/prepare", prepare, shlex.join(prepare))
     for seed in args.seeds:
         run_seed(seed, [shlex.join(prepare)], args)
-    print(f"done: {args.results}/{args.name}.json; python -m study.report {args.name} makes the "
-          "tables")
+    print(f"done: {args.results}/{args.name}.json; python -m study.report {args.name} --results "
+          f"{args.results} makes the tables")
 
 
 if __name__ == "__main__":

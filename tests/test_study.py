@@ -106,7 +106,8 @@ def study(tmp_path, monkeypatch):
     for domain in run.GIVEN:
         (tmp_path / "runs/data" / domain / "train").mkdir(parents=True)
     args = parsed(monkeypatch, "study.run", shlex.split(
-        f"test --prepare x --base {tmp_path}/runs --results {tmp_path} --precision tf32"))
+        f"test --prepare x --base {tmp_path}/runs --results {tmp_path} --precision tf32 "
+        "--pretrain '--batch-size 3' --gan '--batch-size 3 --steps 9'"))
     found = SimpleNamespace(args=args, base=tmp_path / "runs", asked=[], fails=None)
 
     def note(command):
@@ -137,7 +138,7 @@ def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
         stage = script[0].removesuffix(".py")
         flags = parsed(monkeypatch, stage, script[1:])
         if stage in ("pretrain", "train_gan"):
-            assert flags.seed == seed and flags.precision == "tf32" and flags.batch_size == 4
+            assert flags.seed == seed and flags.precision == "tf32" and flags.batch_size == 3
             found[stage][flags.run.name] = flags
         elif stage == "refine":
             found[stage][flags.out.name] = flags
@@ -154,7 +155,7 @@ def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
     assert found["pretrain"]["finer-d"].d_stride == 1 and found["pretrain"]["ours"].d_stride == 3
     assert found["pretrain"]["as-printed"].final_relu
     assert found["train_gan"]["as-printed"].rec == "l1" and found["train_gan"]["ours"].rec == "l2"
-    assert found["train_gan"]["ours"].steps == 2000
+    assert found["train_gan"]["ours"].steps == 9
     assert found["pretrain"]["simgan"].method == "simgan"
     checkpoints = {row: flags.checkpoint.name for row, flags in found["refine"].items()}
     assert checkpoints["as-printed"] == "gan.pt" and checkpoints["ours"] == "average.pt"
