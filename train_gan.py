@@ -200,6 +200,8 @@ def arguments():
                    help="steps between pictures, SSIM and a look for the best step")
     p.add_argument("--compile", action="store_true", help="torch.compile both networks")
     args = p.parse_args()
+    if args.batch_size == 1 and args.history:
+        p.error("--batch-size 1: no half of D's images can be of the history; give --history 0")
     args.run = args.run or Path("runs") / args.method
     args.average = args.average or max(1, min(200, args.steps // 5))
     return args

@@ -12,17 +12,11 @@ from models import jackknife_error, kid, leave_out, ssim
 from prepare import load_images
 
 
-def scenes(seed):
-    """70 uint8 images [70, 3, 16, 24] and their features [70, 5]."""
-    g = torch.Generator().manual_seed(seed)
-    images = 100 + 40 * torch.randn(70, 3, 16, 24, generator=g)
-    return images.clamp(0, 255).to(torch.uint8), torch.randn(70, 5, generator=g).double()
-
-
 def test_ssim_has_the_classical_error():
     """The mean over pairs and its s / sqrt(N), at both ranges. In float64: beside a flat image
     L = 1 leaves float32 nothing but its rounding, of either sign."""
-    (images, features), (real, real_features) = scenes(0), scenes(9)
+    images, real = (100 + 40 * torch.randn(2, 70, 3, 16, 24)).clamp(0, 255).to(torch.uint8)
+    features, real_features = torch.randn(2, 70, 5).double()
     row = {m: with_error(*s) for m, s in measure(images, features, real, real_features).items()}
     for name, max_val in (("ssim", 255), ("ssim_range1", 1)):
         values = ssim(images.double(), real.double(), max_val)
