@@ -130,9 +130,11 @@ def quality(record, row, metric):
 
 
 def verdict(values, least=0):
-    """Whether the mean over the seeds is above `least`, or whether they cannot tell."""
+    """Whether the mean over the seeds is above `least`, or why they cannot tell."""
     mean, half = mean_and_half(values)
-    if half is None or abs(mean - least) <= half:
+    if half is None:
+        return "one seed"
+    if abs(mean - least) <= half:
         return "cannot tell"
     return "holds" if mean > least else "does not hold"
 
@@ -183,8 +185,8 @@ def claims_table(record, by_network):
         so = "holds" if best == cases else "does not always hold"
         rows.append(["the diagonal (cf. Tables 3 to 6) is the highest of its row and column",
                      f"{so}: {best} of {cases} rows and columns", ""])
-    return markdown_table(["claim", "verdict: number [95 %]; of a network: mIoU",
-                           "accuracy, points"], rows)
+    return markdown_table(["claim", "verdict: number [95 %]; of a network's mIoU",
+                           "of its accuracy, points"], rows)
 
 
 # ------------------------------------------------------------------------------ the tables
@@ -218,7 +220,7 @@ def real_table(record, by_seed):
                       with_interval(gain, digits, "+"), with_interval(gap, 0)]
         rows.append([*cells, with_spread(on_real(by_seed, row, "shared"), "shared")])
     head = ["trained on", "seeds", "mIoU on real", "minus synthetic", "gap closed, %",
-            "accuracy on real, %", "minus synthetic", "gap closed, %",
+            "accuracy on real, %", "minus synthetic, points", "gap closed in accuracy, %",
             f"mIoU of {len(shared_classes(record))} classes"]
     return markdown_table(head, rows)
 

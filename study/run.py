@@ -47,6 +47,7 @@ ROWS = {
     "rule": {"of": "ours", "checkpoint": "gan.pt"},          # of the paper's best step
     "pretrained": {"of": "ours", "checkpoint": "pretrain.pt", "segment": False},
     "l1": {"as": "ours", "gan": "--rec l1"},         # Eq 4 as printed
+    "l1-rule": {"of": "l1", "checkpoint": "gan.pt"},
     "as-printed": {"pretrain": "--final-relu", "gan": "--rec l1", "checkpoint": "gan.pt"},
     "finer-d": {"pretrain": "--d-stride 1"},                 # patches of 20 x 20, not 50 x 50
 }

@@ -78,7 +78,7 @@ def test_one_seed_has_no_interval_and_what_is_missing_no_row(record):
     record["seeds"]["0"]["segment"][0]["tested"]["synthetic"]["synthetic"][3][3] = 9    # no real
     text = report.text_of(record)
     assert "nan" not in text
-    assert "on synthetic ones | cannot tell: +0.050 | cannot tell: +7.9 |" in text
+    assert "on synthetic ones | one seed: +0.050 | one seed: +7.9 |" in text
     record["rows"]["finer-d"] = {}                             # not trained yet
     assert report.text_of(record) == text
     del record["seeds"]["0"]["segment"][0]["tested"]["synthetic"]["synthetic"]
@@ -151,7 +151,7 @@ def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
             found[stage].append(flags)
     trained = {"simgan", "ours", "l1", "as-printed", "finer-d"}
     assert set(found["train_gan"]) == trained and set(found["pretrain"]) == trained - {"l1"}
-    assert set(found["refine"]) == trained | {"pretrained", "rule"}
+    assert set(found["refine"]) == trained | {"pretrained", "rule", "l1-rule"}
     assert found["pretrain"]["finer-d"].d_stride == 1 and found["pretrain"]["ours"].d_stride == 3
     assert found["pretrain"]["as-printed"].final_relu
     assert found["train_gan"]["as-printed"].rec == "l1" and found["train_gan"]["ours"].rec == "l2"
