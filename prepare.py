@@ -294,7 +294,7 @@ def arguments():
     p.add_argument("--size", type=positive(int), nargs=2, default=[80, 160],
                    metavar=("H", "W"), help="(paper) size of every image")
     p.add_argument("--crop", nargs="+", metavar="N", help="(paper) TOP LEFT HEIGHT WIDTH, or "
-                   "none (default: 200 600 400 600 if GTA-V or Cityscapes is given, else none)")
+                   "none (default: 200 600 400 600 of GTA-V and Cityscapes, none of other data)")
     p.add_argument("--test", type=positive(int), help="(paper) test frames a domain "
                    "(default: 200, or a fifth of all, 3 at least, if that is less)")
     p.add_argument("--limit", type=positive(int), help="training frames a domain, at most; "
@@ -312,7 +312,7 @@ def arguments():
 
 def check_flags(p, args):
     """Refuse flags that do not fit each other; make --crop numbers."""
-    papers = "200 600 400 600" if args.gta5 or args.cityscapes else "none"
+    papers = "200 600 400 600" if args.gta5 and args.cityscapes else "none"
     crop = args.crop or papers.split()
     numbers = [int(n) for n in crop if n.isdecimal()]
     if crop != ["none"] and (not len(crop) == len(numbers) == 4 or 0 in numbers[2:]):
