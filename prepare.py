@@ -203,6 +203,8 @@ def make_frame(frame, folder, args):
     crop, size = args.crop, args.size[::-1]
     box = crop and (crop[1], crop[0], crop[1] + crop[3], crop[0] + crop[2])    # left, top, ...
     try:
+        if len(f"{frame.name}.png.tmp".encode()) > 255:
+            raise ValueError("its name is too long, with its folders, for a file system")
         image, label = read_rgb(frame.image, labelled=bool(frame.label)), None
         if frame.label:
             label = read_label(frame.label, frame.ids or "labelIds", args.table)

@@ -3,8 +3,8 @@
 Reads   BASE/{data,runs,results}, as the six stages leave them
 Writes  BASE/summary.png
 
-    python -m study.demo                               of the toy town
-    python -m study.demo --base .                      of your own run
+    python -m study.demo --segment results/8-epochs     of the toy town
+    python -m study.demo --base .                       of your own run
 """
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from statistics import fmean
 
 from prepare import load_images
 from segment import of_seeds
-from support.cli import UserError, parser, path_of, start
+from support.cli import parser, path_of, start
 from support.figures import save_summary
 from support.training import load_checkpoint
 from train_gan import COLUMNS
@@ -22,6 +22,7 @@ def arguments():
     p = parser(__doc__)
     p.add_argument("--base", type=path_of, default=Path("demo/seed0"),
                    help="where the stages have run")
+    p.add_argument("--segment", default="results", help="where below it segment.py has written")
     return p.parse_args()
 
 
@@ -40,13 +41,11 @@ def print_table(table2, segment, on_real):
 
 
 def main():
-    base = arguments().base
+    args = arguments()
+    base, tables = args.base, args.base / args.segment
 
     # 1. What the stages have found.
-    found = sorted(base.glob("results/**/segment_unet.json"))
-    if not found:
-        raise UserError(f"{base}/results: no segment_unet.json; run segment.py first")
-    segment = json.loads(found[0].read_text(encoding="utf-8"))
+    segment = json.loads((tables / "segment_unet.json").read_text(encoding="utf-8"))
     table2 = json.loads((base / "results/table2.json").read_text(encoding="utf-8"))
     domains, table = segment["domains"], {}                   # of which real is the last
     for row in segment["scores"][str(segment["seeds"][0])]:
@@ -62,7 +61,7 @@ def main():
     log = [dict(zip(COLUMNS, row)) for row in last["log"]]
     save_summary(base / "summary.png", images, log, last["best"]["step"], on_real,
                  list(table.values()), domains)
-    print(f"\nAll in one picture: {base}/summary.png. Tables: {found[0].parent}/*.md. Training: "
+    print(f"\nAll in one picture: {base}/summary.png. Tables: {base}/results/*.md, {tables}/*.md. Training: "
           f"{base}/runs/ours/samples/")
 
 

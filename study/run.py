@@ -190,8 +190,8 @@ def check_record(args):
     old = read_record(path)
     for seed in args.seeds:
         if str(seed) in old.get("seeds", {}) and not (args.base / f"seed{seed}").exists():
-            raise UserError(f"{path}: has seed {seed} of another machine; choose another NAME, or "
-                            "other --seeds")
+            raise UserError(f"{path}: has seed {seed} of another machine; choose another NAME or "
+                            "other --seeds, or delete it")
     if old.get("epochs", args.epochs) != args.epochs:
         raise UserError(f"{path}: is of --epochs {old['epochs']}; choose another NAME")
 
@@ -222,7 +222,8 @@ def arguments():
     p.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="all of it for each")
     p.add_argument("--rows", choices=ROWS, nargs="+", default=list(ROWS), metavar="ROW",
                    help="of the study, the same in every command: " + ", ".join(ROWS))
-    p.add_argument("--pretrain", default="", help="flags of pretrain.py, every row")
+    p.add_argument("--pretrain", default="", help="flags of pretrain.py, every row; a "
+                   "single one as --pretrain=--d-stride=1")
     p.add_argument("--gan", default="", help="flags of train_gan.py, every row")
     add_precision_flag(p)
     p.add_argument("--epochs", type=positive(int), default=30, help="of the segmenters")

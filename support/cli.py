@@ -74,7 +74,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        if action.default in (None, argparse.SUPPRESS) or action.default is False:
+        if action.default in (None, "", argparse.SUPPRESS) or action.default is False:
             return action.help
         return f"{action.help} (default: %(default)s)"
 

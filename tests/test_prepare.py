@@ -222,6 +222,7 @@ FRAMES = {
                 "2 pictures"),
     "turned.jpg": (encoded(PHOTO, "JPEG", exif=TURNED), LABEL, "EXIF"),
     "n" * 247 + ".png": (PHOTO, LABEL, ""),
+    "n" * 248 + ".png": (PHOTO, LABEL, "name too long"),
     "deep label.png": (PHOTO, DEEP, "label ids 3000"),
     "unknown ids.png": (PHOTO, Image.new("L", (64, 48), 35), "label ids 35 are not labelIds"),
 }

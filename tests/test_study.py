@@ -314,7 +314,7 @@ def test_the_demo_ends_in_one_picture(tmp_path, monkeypatch, capsys):
         fill(tmp_path / "data" / row / "test/images", 6, (24, 48))
     scores = {a: {b: {"mIoU": (3 * i + j) / 10} for j, b in enumerate(rows)}
               for i, a in enumerate(rows)}
-    write_json(tmp_path / "results/segment_unet.json", {
+    write_json(tmp_path / "results/3-epochs/segment_unet.json", {
         "seeds": [0, 1], "scores": {"0": scores, "1": scores}, "domains": rows, "images": 7,
         "epochs": 3,
         "test_images": {"real": 5}})
@@ -326,7 +326,8 @@ def test_the_demo_ends_in_one_picture(tmp_path, monkeypatch, capsys):
                     log=[list(row.values()) for row in log])
     monkeypatch.setattr(figures, "save_figure",
                         lambda path, figure: (drawn.append(figure), save(path, figure)))
-    monkeypatch.setattr("sys.argv", ["demo.py", "--base", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["demo.py", "--base", str(tmp_path), "--segment",
+                                     "results/3-epochs"])
     demo.main()
     out = capsys.readouterr().out
     assert "ours        0.500 mIoU  " + "#" * 25 + "\n" in out and "12.3\n" in out

@@ -413,7 +413,8 @@ def test_figures_need_no_backend_and_printing_no_unicode(tmp_path):
     """A notebook's environment names a backend that a script may lack; ± is printed as ?."""
     done = subprocess.run(
         [sys.executable, "-c", "from support import cli, figures\n"
-         f"figures.save_figure({str(tmp_path / 'a.png')!r}, figures.Figure())\ncli.start(lambda: print('\u0141 \u00b1 1'))"],
+         f"figures.save_figure({str(tmp_path / 'a.png')!r}, figures.Figure())\n"
+         "cli.start(lambda: print('\u0141 \u00b1 1'))"],
         capture_output=True, encoding="utf-8", errors="replace",
         env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline",
              "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
