@@ -25,6 +25,7 @@ CLAIMS = [("training on refined images is better than on synthetic ones", "ours"
           ("the same, refined as printed", "as-printed", "synthetic"),
           ("the same, refined by R of the paper's best step", "rule", "synthetic"),
           ("the step of the paper's rule is better than the average", "rule", "ours"),
+          ("the same, with L_rec by L1 as printed", "l1-rule", "l1"),
           ("L_rec by squares is better than by the printed L1", "ours", "l1"),
           ("ours is better than SimGAN: the perceptual pre-training helps", "ours", "simgan"),
           ("ours is better than matched colours: it takes a GAN", "ours", "colour")]
@@ -46,10 +47,8 @@ def mean_and_half(values):
 
 
 def with_spread(by_seed, metric):
-    """"0.123 ± 0.004" of {seed: score}, or "0.123" of one or where no seed enters, or "-"."""
-    values = list(by_seed.values())
-    equal = bool(values) and np.allclose(values, values[0], rtol=1e-4)     # but for the processor
-    return mean_spread(values[:1] if equal else values, DIGITS[metric])
+    """"0.123 ± 0.004" of {seed: score}, or "0.123" of one, or "-" of none."""
+    return mean_spread(list(by_seed.values()), DIGITS[metric])
 
 
 def with_interval(values, digits, sign=""):
@@ -200,9 +199,13 @@ def table2(record):
         seeds = quality(record, row, "ssim")
         if not seeds:
             continue
-        cells = [with_spread(quality(record, row, metric), metric)
-                 for metric in ("fid", "kid", "ssim", "ssim_range1")]
-        rows.append([row, ", ".join(seeds), *cells, *map(str, PAPER_TABLE2.get(row, ("-", "-")))])
+        cells = [row, ", ".join(seeds)]
+        for metric in ("fid", "kid", "ssim", "ssim_range1"):
+            values = list(quality(record, row, metric).values())
+            if values and np.allclose(values, values[0], rtol=1e-4):     # but for the processor
+                values = values[:1]                           # no seed enters: no deviation
+            cells.append(mean_spread(values, DIGITS[metric]))
+        rows.append([*cells, *map(str, PAPER_TABLE2.get(row, ("-", "-")))])
     return markdown_table(["images vs real", "seeds", f"{first['label']}, N = {first['n']}",
                            "KID x 1000", "SSIM (L = 255)", "SSIM (L = 1)", "paper FID",
                            "paper SSIM"], rows)
@@ -226,22 +229,24 @@ def real_table(record, by_seed):
 
 
 def epochs_table(record, network):
-    """mIoU / accuracy on real after every number of epochs, over the seeds that were trained so
-    long; empty where there is only one number."""
+    """mIoU / accuracy on real after every number of epochs, over the seeds that have them all;
+    empty where there is only one number."""
     lengths, rows = set(), []
     for numbers in record["seeds"].values():
         lengths |= {entry["epochs"] for entry in numbers["segment"] if entry["network"] == network}
     found = {epochs: tested_by_seed(record, network, epochs) for epochs in sorted(lengths)}
     for row in sorted(record["rows"], key=lambda row: row == "real"):
-        cells = []
+        seeds = set.intersection(*[set(on_real(some, row, "mIoU")) for some in found.values()])
+        cells = [row, ", ".join(sorted(seeds, key=int))]
         for by_seed in found.values():
-            both = [with_spread(on_real(by_seed, row, m), m) for m in ("mIoU", "accuracy")]
+            some = {seed: by_seed[seed] for seed in by_seed if seed in seeds}
+            both = [with_spread(on_real(some, row, m), m) for m in ("mIoU", "accuracy")]
             cells.append(" / ".join(both))
-        if len(cells) - cells.count("- / -") > 1:
-            rows.append([row, *cells])
-    head = [f"mIoU / accuracy, %, on real of {NETWORKS[network]}, trained on",
+        if seeds:
+            rows.append(cells)
+    head = [f"mIoU / accuracy, %, on real of {NETWORKS[network]}, trained on", "seeds",
             *[f"{n} epochs" for n in found]]
-    return markdown_table(head, rows) if rows else ""
+    return markdown_table(head, rows) if len(found) > 1 else ""
 
 
 # ------------------------------------------------------------------------------ the report
