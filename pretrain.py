@@ -55,7 +55,7 @@ def update_R(R, optimizer, x, psi):
 
 
 def update_D(D, optimizer, x, y):
-    """One step of D on Eq 1 with synthetic images x in place of refined ones, and real ones y.
+    """One step of D on Eq 1, mended, with synthetic images x in place of refined ones, y real.
 
     Returns the loss (2 ln 2 = 1.386 is guessing) and the share of right patches.
     """
@@ -116,7 +116,7 @@ def train(R, D, psi, synthetic, real, args, device, settings, saved):
                 # R:  min |psi(R(x)) - psi(x)|^2   (Eq 5), or |R(x) - x|   (Eq 4) for simgan
                 row = update_R(R, optimizer_R, batches.draw(synthetic, n), psi)
             else:
-                # D:  min -log D(x) - log(1 - D(y))   (Eq 1, x not yet refined)
+                # D:  min -log D(x) - log(1 - D(y))   (Eq 1, mended; x not yet refined)
                 x, y = batches.draw(synthetic, n), batches.draw(real, n)
                 row = update_D(D, optimizer_D, x, y)
         training.log(row)

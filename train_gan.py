@@ -10,7 +10,7 @@ Writes  runs/METHOD/average.pt  R averaged over the last steps: what refine.py t
         runs/METHOD/log.csv     one row a step; the README explains every column
         runs/METHOD/curves.png  Figure 1;  runs/METHOD/samples/step_NNNNNN.png
 
-    python train_gan.py --alpha 50 --beta 4e-6      the paper's run, 5000 steps (L_rec: squares)
+    python train_gan.py --alpha 50 --beta 4e-6      the paper's weights, 5000 steps
     python train_gan.py --rec l1                    L_rec as the paper prints it
     python train_gan.py --method simgan             the baseline, same losses
     python train_gan.py --resume                    go on after a stop, with the same flags
@@ -72,9 +72,9 @@ class History:
 
 
 class BestStep:
-    """R at the best step by the paper's rule (section 5.1): "generator losses and discriminator
-    losses for real images are the lowest, and the discriminator losses for refined images are
-    the highest". All three are cross-entropies, so they are weighed alike."""
+    """R at the best step by the paper's rule (sections 5.1 and 5.5): "generator losses and
+    discriminator losses for real images are the lowest, and the discriminator losses for refined
+    images are the highest". All three are cross-entropies, so they are weighed alike."""
 
     def __init__(self):
         self.step, self.score, self.refiner = 0, -math.inf, {}
