@@ -89,6 +89,15 @@ def test_one_seed_has_no_interval_and_what_is_missing_no_row(record):
     assert report.claims_table(record, {}).count("\n") == 1    # nothing to claim
 
 
+def test_a_low_fid_and_a_high_score_are_compared_by_rank(record):
+    """By hand: among ties, ours is first in both, the other only in mIoU, where seed 1 ties them."""
+    by_seed = report.tested_by_seed(record, "unet", 30)
+    assert report.rank_agreement(record, by_seed, "mIoU") == pytest.approx(
+        [5 / 40 ** 0.5, 3.75 / 37.5 ** 0.5])
+    by_seed["0"] = {row: by_seed["0"][row] for row in ("synthetic", "ours", "real")}     # too few
+    assert len(report.rank_agreement(record, by_seed, "accuracy")) == 1
+
+
 def test_seeds_whose_fid_is_of_other_images_are_not_averaged(record):
     record["seeds"]["1"]["table2"]["n"] = 7
     with pytest.raises(UserError, match="test: the FID of its seeds is of other"):
