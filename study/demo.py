@@ -61,8 +61,8 @@ def main():
     log = [dict(zip(COLUMNS, row)) for row in last["log"]]
     save_summary(base / "summary.png", images, log, last["best"]["step"], on_real,
                  list(table.values()), domains)
-    print(f"\nAll in one picture: {base}/summary.png. Tables: {base}/results/*.md, {tables}/*.md. Training: "
-          f"{base}/runs/ours/samples/")
+    print(f"\nAll in one picture: {base}/summary.png. Tables: {base}/results/table2.md, "
+          f"{tables}/segment_unet.md. Training: {base}/runs/ours/samples/")
 
 
 if __name__ == "__main__":
