@@ -90,7 +90,7 @@ def test_one_seed_has_no_interval_and_what_is_missing_no_row(record):
 
 
 def test_a_low_fid_and_a_high_score_are_compared_by_rank(record):
-    """By hand: among ties, ours is first in both, the other only in mIoU, where seed 1 ties them."""
+    """By hand: among ties ours is first in both; in seed 1 another row ties with it in mIoU."""
     by_seed = report.tested_by_seed(record, "unet", 30)
     assert report.rank_agreement(record, by_seed, "mIoU") == pytest.approx(
         [5 / 40 ** 0.5, 3.75 / 37.5 ** 0.5])
