@@ -191,6 +191,9 @@ def choose(folder, domains, args):
 def flat_like(real):
     """As many images of one colour, the mean of the real ones: uint8 [N, 3, H, W]."""
     shape = next(real.split(1)).shape[1:]
+    if min(shape[1:]) < 11:
+        raise UserError(f"{real.files[0].parent}: images are {shape[1]} x {shape[2]}; SSIM's "
+                        "window needs 11 x 11")
     colour = sum(x.double().mean((2, 3)).sum(0) for x in real.split(64)) / len(real)
     return colour.round().to(torch.uint8)[:, None, None].expand(len(real), *shape)
 

@@ -71,6 +71,7 @@ def test_documented_make_target_does_what_the_scripts_take(command, monkeypatch)
     done = subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=ROOT,
                           capture_output=True, text=True, env={**os.environ, "MAKEFLAGS": ""})
     assert done.returncode == 0, done.stderr
+    assert "--overwrite" not in done.stdout, "a run may be somebody's own"
     for line in re.sub(r"\\\n\s*", " ", done.stdout).splitlines():
         if " -m study." in line:
             _, _, module, *argv = shlex.split(line)
@@ -161,6 +162,7 @@ MISTAKES = [
     ("evaluate.py --data good --inception random --out /proc", "/proc"),
     ("evaluate.py --data sizes --inception random", "sizes 24 48 32 64"),
     ("evaluate.py --data floor --inception random", "floor/real/train: 24 48 32 64"),
+    ("evaluate.py --data low --inception random", "low/real 10 x 20 11 x 11"),
     ("segment.py --data good --out broken.pt --network unet", "broken.pt"),
     ("segment.py --data good --train nowhere", "--train nowhere: real, synthetic"),
     ("segment.py --data single", "single: only 1"),
@@ -193,13 +195,14 @@ def empty(tmp_path_factory):
         torch.save({"stage": name, **state}, cwd / f"{name}.pt")
     (cwd / "broken.pt").write_bytes((cwd / "pretrain.pt").read_bytes()[:-99])
     for folder, size, count in (("good/real", (24, 48), 5), ("sizes/real", (24, 48), 5),
-                                ("sizes/synthetic", (32, 64), 5), ("single/real", (24, 48), 1)):
+                                ("sizes/synthetic", (32, 64), 5), ("single/real", (24, 48), 1),
+                                ("low/real", (10, 20), 4)):
         for i in range(count):
             for split in ("train", "test"):
                 save_pair(cwd / folder / split, i, np.zeros((*size, 3), np.uint8),
                           np.zeros(size, np.uint8))
     for source, target in (("good/real", "good/synthetic"), ("good/real", "single/synthetic"),
-                           ("single/real", "single/ours"),
+                           ("single/real", "single/ours"), ("low/real", "low/synthetic"),
                            *[("good", c) for c in ("bare", "floor", "tested", "values", "shapes")],
                            ("sizes/synthetic/train", "floor/real/train"),
                            ("sizes/synthetic/test", "tested/real/test")):

@@ -98,6 +98,21 @@ def test_a_low_fid_and_a_high_score_are_compared_by_rank(record):
     assert len(report.rank_agreement(record, by_seed, "accuracy")) == 1
 
 
+def test_a_lower_fid_and_a_higher_ssim_are_claimed(record):
+    """By hand; a number without R has no deviation, whatever the processor."""
+    first, second = record["seeds"].values()
+    for seed, fid in ((first, 10), (second, 10.2)):
+        scores = {row: found["scores"] for row, found in seed["table2"]["rows"].items()}
+        scores["synthetic"]["ssim"]["value"], scores["ours"]["kid"]["value"] = 0.1, 0.01
+        scores["ours"]["fid"]["value"] = fid
+    scores["synthetic"]["fid"]["value"] += 1e-4
+    text = report.text_of(record)
+    assert "| refining lowers FID | holds: -9.9 [-11.2, -8.6] |" in text
+    assert "| refining lowers KID x 1000 | holds: -10.0 [-10.0, -10.0] |" in text
+    assert "| refining raises SSIM (L = 255) | holds: +0.150 [0.150, 0.150]" in text
+    assert "| synthetic | 0, 1 | 20.0 | " in text and "| ours | 0, 1 | 10.1 ± 0.1 | " in text
+
+
 def test_seeds_whose_fid_is_of_other_images_are_not_averaged(record):
     record["seeds"]["1"]["table2"]["n"] = 7
     with pytest.raises(UserError, match="test: the FID of its seeds is of other"):
