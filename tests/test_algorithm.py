@@ -21,6 +21,7 @@ from torch import nn
 import plain
 import segment
 import train_gan
+from evaluate import CONTROL, FLOOR
 from models import (DeepLabV3Plus, Discriminator, Refiner, UNet, fid, inception_features,
                     kid, load_inception, ssim)
 from prepare import CLASSES, IGNORE, PALETTE, TABLE, load_images, load_labels, names
@@ -267,16 +268,18 @@ def test_segmentation_trainings_differ_in_data_and_seed_only(cwd):
 # ------------------------------------------------------------------------------- 4. Table 2
 
 
-def test_table2_is_the_papers(cwd):
-    """Of three images of seven, or of 17: every row by the formulas from the images of its row and
-    the same real partners; and the paper's own numbers."""
-    call("evaluate.py", "--inception", "random", "--n", 3, "--pair-seed", 1, "--seed", 2,
-         "--device", "cpu", cwd=cwd)
-    found = json.loads((cwd / "results/table2.json").read_text())
-    head, _, *lines = (cwd / "results/table2.md").read_text(encoding="utf-8").splitlines()
-    assert head.endswith(" | paper FID | paper SSIM |")
-    for line, (name, paper) in zip(lines, TABLE2.items()):
-        assert line.startswith(f"| {name} | ") and line.endswith(f" | {paper} |"), line
+@pytest.fixture(scope="module")
+def table2(cwd):
+    """What evaluate.py prints, table2.json and table2.md, of three images of seven, or of 17."""
+    out, _ = call("evaluate.py", "--inception", "random", "--n", 3, "--pair-seed", 1, "--seed", 2,
+                  "--device", "cpu", cwd=cwd)
+    return (out, json.loads((cwd / "results/table2.json").read_text()),
+            (cwd / "results/table2.md").read_text(encoding="utf-8"))
+
+
+def test_table2_is_the_papers(cwd, table2):
+    """Every row by the formulas from the images of its row and the same real partners."""
+    _, found, _ = table2
     *domains, real, other = (load_images(cwd / "data" / folder) for folder in (
         "synthetic/test", "pretrained/test", "simgan/test", "ours/test", "real/test", "real/train"))
     random = np.random.default_rng(1)                     # partners, then other reals, then scenes
@@ -300,6 +303,38 @@ def test_table2_is_the_papers(cwd):
     for metric, cell in found["differences"]["ours - synthetic"].items():
         assert cell["value"] == pytest.approx(values["ours"][metric] - values["synthetic"][metric],
                                               rel=1e-3), f"ours less synthetic: {metric}"
+    flat = real.double().mean((0, 2, 3)).round()[:, None, None].expand(real.shape)
+    assert found["rows"][CONTROL]["scores"]["ssim"]["value"] == pytest.approx(
+        ssim(flat, real.double()).mean().item(), rel=1e-4)
+
+
+def test_table2_says_everything(table2):
+    """Each number in its column, with its error, beside the paper's; paired differences; N and the
+    warning; how it came about: weights by hash, resize, data, command, versions."""
+    out, found, text = table2
+    assert text in out and "N = 3 images" in text and "warning: N = 3 is small for FID" in out
+    assert text.startswith("| images vs real | random features, not an FID | KID x 1000 | SSIM (L "
+                           "= 255) | SSIM (L = 1) | paper FID | paper SSIM |\n")
+    rows, papers = {**found["rows"], **found["differences"]}, {**TABLE2, FLOOR: "- | -",
+                                                               CONTROL: "- | -"}
+    assert list(found["rows"]) == list(papers)
+    assert list(found["differences"]) == [f"{row} - synthetic" for row in list(papers)[1:]] + [
+        "ours - simgan"]
+    lines = [line.strip("| ") for line in text.splitlines() if " ± " in line and line[0] == "|"]
+    for line, (name, row) in zip(lines, rows.items(), strict=True):
+        scores, cells, sign = row.get("scores", row), [], "" if name in papers else "+"
+        for metric, scale, digits in (("fid", 1, 2), ("kid", 1000, 2), ("ssim", 1, 4),
+                                      ("ssim_range1", 1, 4)):
+            s = scores.get(metric)
+            cells.append(f"{scale * s['value']:{sign}.{digits}f} ± {scale * s['se']:.{digits}f}"
+                         if s else "-")
+        found_name, *found_cells = line.split(" | ")
+        assert found_name == name and " | ".join(found_cells[4:]) == papers.get(name, ""), line
+        assert [cell.strip("()") for cell in found_cells[:4]] == cells, line    # (not sure)
+    assert found["command"].startswith("evaluate.py --inception random --n 3")
+    assert found["settings"]["data"] == "data" and found["settings"]["inception"] == "random"
+    assert "bilinear" in found["resize"] and len(found["weights_sha256"]) == 64
+    assert found["versions"]["torch"] == torch.__version__ and found["device"].startswith("cpu")
 
 
 # ----------------------------------------------- 5. the networks, written out layer by layer

@@ -32,12 +32,6 @@ READMES = [ROOT / "README.md", ROOT / "study/README.md"]
 README_COMMANDS = [command for file in READMES for command in commands_in(file)]
 
 
-def test_the_readme_has_commands_of_every_stage():
-    for script in SCRIPTS:
-        assert any(f"python {script}.py" in c for c in README_COMMANDS), script
-    assert {"make demo", "make test"} <= set(README_COMMANDS)
-
-
 def headings(file):
     """The anchors that GitHub makes of the headings of a file."""
     found = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
@@ -88,12 +82,9 @@ BOTH = "prepare.py --synthetic ok --real ok --crop none --size 24 48 --test 2"
 MISTAKES = [
     ("prepare.py --demo --size 24 4097 --limit 1 --test 1", "--size 4096"),
     ("prepare.py --synthetic ok --real empty --test 1", "empty: no images"),
-    ("prepare.py --synthetic broken.pt --real ok --test 1", "broken.pt: folder"),
     ("prepare.py --synthetic ok empty --real ok", "none has its label; ok/00.png: no"),
-    ("prepare.py --gta5 ok --cityscapes ok", "ok/images: no such folder"),
     ("prepare.py --synthetic ok --cityscapes ok --test 1", "ok/leftImg8bit/train: no such folder"),
     ("prepare.py --synthetic ok ok ok --real ok", "--synthetic IMAGES [LABELS]"),
-    ("prepare.py --synthetic twice --real ok --test 1", "twice/00.png twice/00.jpg become rename"),
     ("prepare.py --synthetic deep --real ok --test 1", "deep/x/00.png deep/x_00.png become rename"),
     ("prepare.py --synthetic cs --real ok --test 1", "cs/gtFine/ulm/00.png: label cs images;"),
     ("prepare.py --synthetic mixed --real ok --test 1", "mixed/00_gtFine_color.png: label"),
@@ -104,7 +95,6 @@ MISTAKES = [
     (f"{BOTH} --size 10 48", "--size 24 x"),
     (f"{BOTH} --crop 1 2 3", "--crop four numbers"),
     (f"{BOTH} --crop 1 1 0 9", "--crop four numbers"),
-    (f"{BOTH} --crop 1 1 9 0", "--crop four numbers"),
     (f"{BOTH} --crop 0 0 -5 10", "--crop"),
     (f"{BOTH} --classes no.txt --label-ids trainIds", "--classes goes with"),
     ("prepare.py", "nothing synthetic domain: --gta5 --demo"),
@@ -119,7 +109,6 @@ MISTAKES = [
     ("prepare.py --gta5 ok --real ok --classes no.txt", "--classes goes with"),
     ("prepare.py --cityscapes ok --synthetic ok --classes no.txt", "--classes goes with"),
     ("prepare.py --synthetic single/real/train/images --real ok", "two frames at least"),
-    ("pretrain.py --steps 0", "--steps above 0"),
     ("train_gan.py", "runs/ours/pretrain.pt pretrain.py"),
     ("train_gan.py --run stopped", "stopped/pretrain.pt: step 1; pretrain.py --resume"),
     ("train_gan.py --resume", "last.pt --resume"),
@@ -131,7 +120,6 @@ MISTAKES = [
     ("evaluate.py", "data prepare.py"),
     ("segment.py", "data real prepare.py"),
     ("segment.py --batch-size 1", "--batch-size two"),
-    ("train_gan.py --lr 0", "--lr above 0"),
     ("train_gan.py --batch-size 1", "--batch-size 1: --history 0"),
     ("train_gan.py --steps many", "--steps positive int"),
     ("train_gan.py --seed 9223372036854775808", "--seed 2**63"),
@@ -160,6 +148,7 @@ MISTAKES = [
     ("evaluate.py --data good --n 9 --inception random", "--n 9 has 5"),
     ("evaluate.py --data single --inception random", "single/ours: file names"),
     ("evaluate.py --data good --inception random --out /proc", "/proc"),
+    ("evaluate.py --data good --inception nowhere.pt --out .", "--inception nowhere.pt"),
     ("evaluate.py --data sizes --inception random", "sizes 24 48 32 64"),
     ("evaluate.py --data floor --inception random", "floor/real/train: 24 48 32 64"),
     ("evaluate.py --data low --inception random", "low/real 10 x 20 11 x 11"),
@@ -241,10 +230,12 @@ def test_a_mistake_gets_one_line_and_status_2(command, words, empty, monkeypatch
 
 
 # Flags that take any text; what is done with it is among the mistakes.
-FREE = ["name", "--crop", "--layer", "--device", "--train", "--prepare", "--pretrain", "--gan"]
+FREE = ["name", "--crop", "--layer", "--device", "--train", "--prepare", "--pretrain", "--gan",
+        "--segment", "--source"]
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "study.run", "study.bench"])
+@pytest.mark.parametrize("script", [*SCRIPTS, *(
+    f"study.{module}" for module in ("run", "report", "bench", "colour", "demo"))])
 def test_every_flag_refuses_what_is_no_choice_or_number(script, monkeypatch, capsys):
     def stop(self):
         raise StopIteration(self)

@@ -156,7 +156,7 @@ def test_nohup_is_obeyed(monkeypatch):
 
 
 def test_a_trained_network_is_not_trained_again_but_a_changed_one_is(fresh):
-    """At other settings, of other images, or of an older U-Net; pretrained/ has no row."""
+    """At other settings, of other images, or of an older U-Net."""
     def run(*flags):
         out, _ = call("segment.py", "--network", "unet", "--epochs", 1, "--batch-size", 4, *flags,
                       cwd=fresh)
@@ -164,7 +164,6 @@ def test_a_trained_network_is_not_trained_again_but_a_changed_one_is(fresh):
         record = json.loads((fresh / "results/segment_unet.json").read_text())
         return out.count("trained before, not again"), record
 
-    shutil.copytree(fresh / "data/synthetic", fresh / "data/pretrained")
     first = run()[1]["scores"]
     again, record = run()
     assert again == 2 and str(record["scores"]) == str(first)           # nan equals nan as text
@@ -184,9 +183,6 @@ def test_a_trained_network_is_not_trained_again_but_a_changed_one_is(fresh):
     one, two, *_ = (fresh / "data/synthetic/train/labels").iterdir()
     shutil.copy(one, two)
     assert run(*flags)[0] == 1                                 # each time only what has changed
-    again, record = run("--train", "real")
-    assert list(record["scores"]["0"]) == ["real"]
-    assert list(record["test_images"]) == record["domains"] == ["synthetic", "real"]
 
 
 def test_resume_refuses_another_pre_training_and_other_images(fresh, monkeypatch):
@@ -269,11 +265,12 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(fresh, script, term,
     monkeypatch.setattr(module, "update_R", update)
     flags = (GAN if script == "train_gan" else PRETRAIN + ["--run", "runs/nan"]) + RARELY
     flags = [*flags, "--precision", "bfloat16"]
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     with pytest.raises(UserError, match=f"step 5: .*{term}.* nan.*(last|pretrain).pt"):
         run_here(monkeypatch, fresh, script, flags, seconds)
     path = fresh / ("runs/ours/last.pt" if script == "train_gan" else "runs/nan/pretrain.pt")
     assert load_checkpoint(path, ["gan", "pretrain"], "")["step"] == 4
-    assert all(calls)
+    assert all(calls) and torch.backends.cuda.matmul.allow_tf32      # a GPU's, by pick_device
     assert seconds < 1 or len(calls) == (10 if script == "train_gan" else 5)    # it stops at once
 
 

@@ -119,11 +119,6 @@ def test_seeds_whose_fid_is_of_other_images_are_not_averaged(record):
         report.text_of(record)
 
 
-def test_the_report_names_rows_that_there_are():
-    rows = {row for _, *two in report.CLAIMS for row in two}
-    assert rows <= set(run.ROWS)
-
-
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     """A study whose commands are noted, not run; what they make is there as empty files."""
@@ -156,7 +151,7 @@ def run_seed(study, seed, history="data"):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
     """A row differs from ours as ROWS has it."""
-    found = {"pretrain": {}, "train_gan": {}, "refine": {}, "segment": []}
+    found, trainings = {"pretrain": {}, "train_gan": {}, "refine": {}, "segment": []}, 0
     for command in run_seed(study, seed):
         script = command[1:] if command[0] == "-m" else command
         stage = script[0].removesuffix(".py")
@@ -164,6 +159,7 @@ def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
         if stage in ("pretrain", "train_gan"):
             assert flags.seed == seed and flags.precision == "tf32" and flags.batch_size == 3
             found[stage][flags.run.name] = flags
+            trainings += 1
         elif stage == "refine":
             found[stage][flags.out.name] = flags
         elif stage == "study.colour":
@@ -175,6 +171,7 @@ def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
             found[stage].append(flags)
     trained = {"simgan", "ours", "l1", "as-printed", "finer-d"}
     assert set(found["train_gan"]) == trained and set(found["pretrain"]) == trained - {"l1"}
+    assert trainings == 9 and (study.base / f"seed{seed}/runs/l1/pretrain.pt").is_file()   # ours'
     assert set(found["refine"]) == trained | {"pretrained", "rule", "l1-rule"}
     assert found["pretrain"]["finer-d"].d_stride == 1 and found["pretrain"]["ours"].d_stride == 3
     assert found["pretrain"]["as-printed"].final_relu
@@ -191,7 +188,11 @@ def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
     rows = [row for row in run.ROWS if row != "pretrained"]
     assert [flags.train for flags in found["segment"]] == [
         *[rows] * (len(asked) - 1), ["synthetic", "simgan", "ours", "real"]]
-    assert study.args.seeds == [0, 1, 2]
+    study.args.rows = ["l1", "ours"]                            # no other row is trained on
+    assert run.segmentations(study.args) == [
+        *[("unet", epochs, ["l1", "ours"]) for epochs in (30, 8)], ("deeplabv3plus", 30, ["ours"])]
+    assert study.args.seeds == [0, 1, 2] and {r for _, *two in report.CLAIMS for r in two} <= set(
+        run.ROWS)
     assert (study.base / f"seed{seed}/data/real/train").is_dir()
 
 
@@ -214,18 +215,6 @@ def test_what_is_finished_is_not_run_again(study, monkeypatch):
     assert [command[0] for command in run_seed(study, 0)] == [          # one row, not the last
         "train_gan.py", "refine.py", "evaluate.py", *["segment.py"] * 3]
     assert run_seed(study, 0, "prepared anew")[0][:2] == ["-m", "study.colour"]
-
-
-def test_rows_that_differ_later_share_what_comes_before(study):
-    """The same pre-training is done once; another checkpoint needs no other training."""
-    study.args.rows = ["l1", "rule", "ours"]
-    names = [(command[0], Path(command[command.index("--run") + 1]).name)
-             for command in run_seed(study, 0) if "--run" in command]
-    assert names == [("pretrain.py", "ours"), ("train_gan.py", "l1"), ("train_gan.py", "ours")]
-    assert (study.base / "seed0/runs/l1/pretrain.pt").is_file()
-    assert run.segmentations(study.args) == [
-        *[("unet", epochs, ["l1", "rule", "ours"]) for epochs in (30, 8)],
-        ("deeplabv3plus", 30, ["ours"])]
 
 
 def test_a_command_that_fails_is_not_taken_as_done(tmp_path, monkeypatch):
