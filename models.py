@@ -161,6 +161,7 @@ class DeepLabV3Plus(nn.Module):
     def __init__(self, classes=19, backbone_weights=None):
         super().__init__()
         b = resnet50(weights=None, replace_stride_with_dilation=[False, False, True])   # stride 16
+        b.fc = nn.Identity()                                  # no file needs a classifier
         if backbone_weights:
             load_weights(b, backbone_weights, "--backbone-weights",
                          ResNet50_Weights.IMAGENET1K_V2, "none")
@@ -284,11 +285,11 @@ def window_matrix(n, like):
 # ----------------------------------------------------------------------- how sure a score is
 
 
-def leave_out(metric, *sets, groups=20):
-    """metric(*sets) with the i-th of `groups` left out of every set at once: float64 [groups].
-    Element k of a set is in group k mod `groups`: pairs stay pairs, so what chance does to two
-    rows alike is not in the difference of their values."""
-    groups = min(groups, *map(len, sets))
+def leave_out(metric, *sets):
+    """metric(*sets) with the i-th of 20 groups, or of as many as the smallest set has elements,
+    left out of every set at once: float64 [groups]. Element k of a set is in group k mod 20: pairs
+    stay pairs, so what chance does to two rows alike is not in the difference of their values."""
+    groups = min(20, *map(len, sets))
     values = []
     for i in range(groups):
         kept = [x[torch.arange(len(x)) % groups != i] for x in sets]

@@ -4,7 +4,7 @@ R learns to give back its input: `ours` by the perceptual loss (Eq 5), `simgan` 
 self-regularisation (Eq 4). D learns to tell synthetic images from real ones. The adversarial
 training (train_gan.py) starts there, with R(x) nearly x.
 
-Reads   data/synthetic/train, data/real/train (images only)
+Reads   data/{synthetic,real}/train (images only; those of test must have the same size)
 Writes  runs/METHOD/pretrain.pt   both networks, both optimisers, the random state
         runs/METHOD/pretrain.csv  one row a step: loss; of R mean |R(x) - x|, of D its accuracy
         runs/METHOD/pretrain.png  synthetic / R(synthetic) / |difference|
@@ -77,7 +77,8 @@ def arguments():
     p.add_argument("--d-steps", type=positive(int), default=400, help="(paper) steps of D")
     p.add_argument("--lr", type=positive(float), default=1e-4, help="(paper) of R")
     p.add_argument("--d-lr", type=positive(float), default=1e-3, help="(paper) of D")
-    p.add_argument("--layer", default="Conv2d_4a_3x3", help="psi_j of Eq 5, ours only")
+    p.add_argument("--layer", default="Conv2d_4a_3x3", help="psi_j of Eq 5, ours only; "
+                   "from Mixed_6a on for images of 75 x 75 or more")
     add_inception_flag(p)
     p.add_argument("--final-relu", action="store_true", help="the last ReLU of Table 1")
     p.add_argument("--d-stride", type=positive(int), default=3,

@@ -101,6 +101,10 @@ def refine_domain(R, args, record, device):
     if not splits:
         raise UserError(f"{args.data}: no train/ or test/ in it; --data wants a domain folder "
                         "made by prepare.py")
+    for split in ("train", "test"):
+        if split not in splits and (args.out / split).exists():
+            raise UserError(f"{args.out}: has {split}/, which {args.data} has not; choose another "
+                            "--out")
     record["source_sha256"] = {split: sha256_of(args.data / split) for split in splits}
     lock(args.out)
     write_json(args.out / "refine.json", {**record, "finished": False})
@@ -171,6 +175,7 @@ def main():
     R = place(rebuild(Refiner, state, "refiner", args.checkpoint), device)
 
     # 2. What is to be refined, and whether it may be written.
+    # --images by the place where they are, --data by its name, if only a link's.
     what = "images" if args.images else "source"
     record = {"checkpoint": str(args.checkpoint), "step": state["step"],
               what: str(args.images.resolve()) if args.images else os.path.abspath(args.data),

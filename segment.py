@@ -81,14 +81,14 @@ def train(net, images, labels, args, device, title):
     """Cross-entropy (void ignored), Adam, cosine learning rate, random mirroring. images uint8
     [N, 3, H, W], labels trainIds [N, H, W]."""
     batch = min(args.batch_size, len(images))
-    whole = len(images) // batch * batch                      # what fills no batch is left out
+    used = len(images) // batch * batch                       # what fills no batch is left out
     images, labels = keep_on(device, images, labels)
-    steps = args.epochs * whole // batch
+    steps = args.epochs * used // batch
     optimizer = make_optimizer("adam", net.parameters(), args.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     net.train()
     for _ in progress(range(args.epochs), desc=title, unit="epoch"):
-        for index in torch.randperm(len(images))[:whole].split(batch):
+        for index in torch.randperm(len(images))[:used].split(batch):
             index = index.to(images.device, non_blocking=True)
             x, y = images[index].to(device), labels[index].to(device).long()
             mirror = (torch.rand(batch) < 0.5).to(device, non_blocking=True)
@@ -318,7 +318,8 @@ def train_and_test(network, data, rows, columns, args, device):
 def main():
     args = arguments()
     device = pick_device(args.device, args.precision)
-    announce("segment.py", device, args.seeds, f"{args.data}/*", f"{args.out}/segment_*, table7",
+    announce("segment.py", device, f"{args.seed} (of the trainings: {args.seeds})",
+             f"{args.data}/*", f"{args.out}/segment_*, table7",
              precision_note(device, args.precision))
 
     # 1. The domains, the same number of training images of each.

@@ -27,7 +27,7 @@ from statistics import fmean
 import torch
 
 from models import REAL, REFINED, Discriminator, Refiner, patch_loss, ssim
-from prepare import load_images
+from prepare import check_domains, load_images
 from support.cli import UserError, announce, lock, natural, not_negative, parser, positive, start
 from support.figures import save_curves, save_grid
 from support.training import (OPTIMIZERS, Batches, Training, add_training_flags, autocast, keep_on,
@@ -285,6 +285,7 @@ def main():
              f"{args.run}/", precision_note(device, args.precision))
 
     # 2. The images.
+    check_domains(args.data, ["synthetic", "real"], ["train", "test"])
     synthetic, real, pairs = load_data(args.data)
     settings = settings_of(args, pretrain=pretrained["refiner"].values(), images=[synthetic, real])
     lock(args.run)

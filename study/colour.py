@@ -9,6 +9,7 @@ Writes  the same names and labels, other images, into --out, as refine.py does w
     python -m study.colour                    data/synthetic -> data/colour
     python -m study.colour --source ours      data/ours -> data/ours-colour: what R has left undone
 """
+import os
 from pathlib import Path
 
 from prepare import load_images
@@ -40,7 +41,7 @@ def main():
     args = arguments()
     real, args.data = args.data / "real", args.data / args.source
     print(f"study.colour: reads {args.data}/ and {real}/; writes {args.out}/", flush=True)
-    record = {"checkpoint": "study.colour", "step": 0, "source": str(args.data.resolve())}
+    record = {"checkpoint": "study.colour", "step": 0, "source": os.path.abspath(args.data)}
     check_out(args, record)
     function = match(*[to_float(load_images(folder / "train")) for folder in (args.data, real)])
     refine_domain(function, args, record, "cpu")

@@ -50,6 +50,7 @@ ROWS = {
     "l1-rule": {"of": "l1", "checkpoint": "gan.pt"},
     "as-printed": {"pretrain": "--final-relu", "gan": "--rec l1", "checkpoint": "gan.pt"},
     "finer-d": {"pretrain": "--d-stride 1"},                 # patches of 20 x 20, not 50 x 50
+    "finer-rule": {"of": "finer-d", "checkpoint": "gan.pt"},
 }
 TABLE2 = ["label", "n", "weights_sha256", "device", "versions", "rows"]
 CHECKPOINTS = {"pretrain.py": "pretrain.pt", "train_gan.py": "last.pt"}    # to --resume from

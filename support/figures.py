@@ -2,7 +2,7 @@
 import os
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from support.cli import whole, write_png
 
@@ -17,9 +17,9 @@ def save_grid(path, rows):
     scale = max(1, 160 // width)
     step_x, step_y, left = width * scale + 4, height * scale + 4, 12 + 7 * max(map(len, rows))
     grid = Image.new("RGB", (left + n * step_x, len(rows) * step_y), "white")
-    pen, font = ImageDraw.Draw(grid), ImageFont.load_default(12)
+    pen = ImageDraw.Draw(grid)
     for i, (caption, images) in enumerate(rows.items()):
-        pen.text((4, i * step_y + step_y // 2 - 6), caption, fill="black", font=font)
+        pen.text((4, i * step_y + step_y // 2 - 6), caption, fill="black", font_size=12)
         for j, array in enumerate(images.cpu().permute(0, 2, 3, 1).numpy()):
             picture = Image.fromarray(array).resize((width * scale, height * scale), Image.NEAREST)
             grid.paste(picture, (left + j * step_x, i * step_y + 2))

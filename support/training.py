@@ -272,7 +272,8 @@ class Training:
             yield self.step
             bar.update()
             save = bool(self.step % save_every == 0 or self.step == total or stop)
-            # Not at every step, since it waits for a GPU; and at once where a picture was drawn.
+            # Not at every step, since it waits for a GPU; and right after a picture, so that its
+            # time is not taken for that of steps.
             if save or not self.unread or time.perf_counter() > self.clock + 1:
                 self.read()
                 bar.set_postfix_str(self.latest(), refresh=False)
@@ -319,8 +320,6 @@ class Training:
 
 def load_tensors(path, flag):
     """torch.load of tensors and plain values only; any failure is a UserError naming `flag`."""
-    if not Path(path).is_file():
-        raise UserError(f"{flag} {path}: no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                # a damaged pickle can raise about anything

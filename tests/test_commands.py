@@ -112,6 +112,8 @@ MISTAKES = [
     ("train_gan.py", "runs/ours/pretrain.pt pretrain.py"),
     ("train_gan.py --run stopped", "stopped/pretrain.pt: step 1; pretrain.py --resume"),
     ("train_gan.py --resume", "last.pt --resume"),
+    ("train_gan.py --run trained --data floor", "floor/real/train: floor/synthetic/train 24 48 32"),
+    ("train_gan.py --run trained --data tested", "tested/real/test 24 48 32 64"),
     ("refine.py", "runs/ours/average.pt train_gan.py"),
     ("refine.py --checkpoint broken.pt", "--checkpoint --out"),
     ("refine.py --checkpoint broken.pt --out new", "broken.pt: damaged"),
@@ -137,6 +139,8 @@ MISTAKES = [
     ("refine.py --checkpoint pretrain.pt --images cs --out x", "cs/gtFine/ulm/00.png: a label map"),
     ("refine.py --checkpoint pretrain.pt --images ok --out x --size 3 9", "--size 4 x 4"),
     ("refine.py --checkpoint pretrain.pt --size 9 9 --out x", "--size goes with --images"),
+    ("refine.py --checkpoint pretrain.pt --data trains --out good/synthetic",
+     "good/synthetic: has test/, which trains has not; choose another"),
     ("refine.py --checkpoint segment.pt --out new", "segment.pt: average, segment; train_gan.py"),
     ("pretrain.py --data good --inception nowhere.pt", "--inception nowhere.pt"),
     ("pretrain.py --data good --inception random --layer fc",
@@ -151,7 +155,6 @@ MISTAKES = [
     ("evaluate.py --data good --inception nowhere.pt --out .", "--inception nowhere.pt"),
     ("evaluate.py --data sizes --inception random", "sizes 24 48 32 64"),
     ("evaluate.py --data floor --inception random", "floor/real/train: 24 48 32 64"),
-    ("evaluate.py --data low --inception random", "low/real 10 x 20 11 x 11"),
     ("segment.py --data good --out broken.pt --network unet", "broken.pt"),
     ("segment.py --data good --train nowhere", "--train nowhere: real, synthetic"),
     ("segment.py --data single", "single: only 1"),
@@ -178,21 +181,23 @@ def empty(tmp_path_factory):
     refiner = Refiner()
     states = {"pretrain": dict(refiner_args=refiner.args, refiner=refiner.state_dict(), step=1),
               "stopped/pretrain": dict(stage="pretrain", finished=False, step=1),
+              "trained/pretrain": dict(stage="pretrain", finished=True, step=1),
               "segment": {}, "old": dict(stage="best", refiner_args={}, refiner={}, step=1)}
-    (cwd / "stopped").mkdir()
+    for run in ("stopped", "trained"):
+        (cwd / run).mkdir()
     for name, state in states.items():
         torch.save({"stage": name, **state}, cwd / f"{name}.pt")
     (cwd / "broken.pt").write_bytes((cwd / "pretrain.pt").read_bytes()[:-99])
     for folder, size, count in (("good/real", (24, 48), 5), ("sizes/real", (24, 48), 5),
-                                ("sizes/synthetic", (32, 64), 5), ("single/real", (24, 48), 1),
-                                ("low/real", (10, 20), 4)):
+                                ("sizes/synthetic", (32, 64), 5), ("single/real", (24, 48), 1)):
         for i in range(count):
             for split in ("train", "test"):
                 save_pair(cwd / folder / split, i, np.zeros((*size, 3), np.uint8),
                           np.zeros(size, np.uint8))
     for source, target in (("good/real", "good/synthetic"), ("good/real", "single/synthetic"),
-                           ("single/real", "single/ours"), ("low/real", "low/synthetic"),
+                           ("single/real", "single/ours"),
                            *[("good", c) for c in ("bare", "floor", "tested", "values", "shapes")],
+                           ("good/real/train", "trains/train"),
                            ("sizes/synthetic/train", "floor/real/train"),
                            ("sizes/synthetic/test", "tested/real/test")):
         shutil.copytree(cwd / source, cwd / target, dirs_exist_ok=True)

@@ -8,8 +8,8 @@ from models import jackknife_error, kid, leave_out, ssim
 
 
 def test_a_score_has_its_error_and_its_interval():
-    """SSIM: the mean over pairs and its s / sqrt(N), at both ranges. In float64: beside a flat image
-    L = 1 leaves float32 nothing but its rounding, of either sign."""
+    """SSIM: the mean over pairs and its s / sqrt(N), at both ranges. In float64: beside a flat
+    image L = 1 leaves float32 nothing but its rounding, of either sign."""
     images, real = (100 + 40 * torch.randn(2, 70, 3, 16, 24)).clamp(0, 255).to(torch.uint8)
     features, real_features = torch.randn(2, 70, 5).double()
     row = {m: with_error(*s) for m, s in measure(images, features, real, real_features).items()}

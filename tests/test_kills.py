@@ -265,7 +265,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(fresh, script, term,
     monkeypatch.setattr(module, "update_R", update)
     flags = (GAN if script == "train_gan" else PRETRAIN + ["--run", "runs/nan"]) + RARELY
     flags = [*flags, "--precision", "bfloat16"]
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.backends.cuda.matmul.allow_tf32 = False
     with pytest.raises(UserError, match=f"step 5: .*{term}.* nan.*(last|pretrain).pt"):
         run_here(monkeypatch, fresh, script, flags, seconds)
     path = fresh / ("runs/ours/last.pt" if script == "train_gan" else "runs/nan/pretrain.pt")

@@ -115,10 +115,10 @@ def test_kid_equals_the_direct_sum():
 
 
 def test_leave_out_leaves_out_one_group_of_every_set():
-    """Element k is in group k mod 3, in both sets; 20 groups if not said, or as many as there are
-    elements. What the error is of these values: test_evaluate.py."""
+    """Element k is in group k mod 3, in both sets; 20 groups, or as many as there are elements.
+    What the error is of these values: test_evaluate.py."""
     a, b = torch.arange(7.0), torch.arange(3.0) * 10
-    seen = leave_out(lambda x, y: (x.sum() + y.sum()).item(), a, b, groups=3)
+    seen = leave_out(lambda x, y: (x.sum() + y.sum()).item(), a, b)
     assert seen.tolist() == [51 - (0 + 3 + 6) - 0, 51 - (1 + 4) - 10, 51 - (2 + 5) - 20]
     assert leave_out(len, torch.zeros(50)).tolist() == [47] * 10 + [48] * 10
     assert leave_out(len, torch.zeros(3)).tolist() == [2] * 3

@@ -120,8 +120,9 @@ def test_imagenet_is_torchvisions_or_names_the_other_choices(tmp_path, monkeypat
 
 
 def test_backbone_weights_from_a_file(tmp_path):
-    """DeepLabV3+ takes a ResNet-50's state dict."""
+    """DeepLabV3+ takes a ResNet-50's state dict; its classifier may be missing."""
     backbone = torchvision.models.resnet50()
+    backbone.fc = nn.Identity()
     torch.save(backbone.state_dict(), tmp_path / "resnet50.pt")
     net = DeepLabV3Plus(backbone_weights=tmp_path / "resnet50.pt")
     assert torch.equal(net.deep[2][2].conv3.weight, backbone.layer4[2].conv3.weight)
