@@ -1,4 +1,4 @@
-# make demo                                  toy town, all six stages, both methods; no network
+# make demo                                  toy town, all six stages, both methods; no data needed
 # make test                                  the tests
 # make bench                                 how fast it is here: results/bench.md
 # make study GTA5=~/gtav CITYSCAPES=~/cs     all stages, rows and networks, for three seeds

@@ -1,6 +1,9 @@
 """The paper a second time: no command line, no saving, no speed. What the stages must compute.
 
-x is synthetic, y real; R refines, D tells refined from real. Random draws, in their order:
+Read `pretrain`, `train` and `train_unet`. x is synthetic, y real; R refines, D tells refined from
+real.
+
+The stages give the same bits, since both draw their random numbers in this order:
 - pre-training: torch's generator gives R's weights, then D's. Another one gives each step of R a
   synthetic batch, each step of D a synthetic and a real one; all batches with replacement.
 - adversarial training: a new one gives a synthetic batch, whose refined images begin the history.
@@ -18,7 +21,7 @@ from models import Discriminator, Refiner, UNet, load_inception
 
 REAL, REFINED = 0, 1                                      # D's two classes
 LAYOUT = (torch.contiguous_format if torch.backends.cpu.get_cpu_capability() == "AVX2"
-          else torch.channels_last)          # in memory: how sums are rounded, nothing else
+          else torch.channels_last)          # of weights in memory: how sums are rounded, no more
 
 
 def as_input(images):
