@@ -21,12 +21,12 @@ import numpy as np
 from PIL import Image
 
 from support import toytown
-from support.cli import (UserError, cpus, lock, parser, path_of, positive, start, write_json,
-                         write_png)
+from support.cli import (UserError, cpus, lock, parser, path_of, positive, read_record, start,
+                         write_json, write_png)
 from support.images import read_stack, sha256_of
 from support.raw import (IGNORE, UNREADABLE, Found, Frame, by_ending, check_labels,
                          check_settings, find_cityscapes, find_folder, find_gta5, own_table,
-                         palette_of, read_classes, read_label, read_record, read_rgb, usable)
+                         palette_of, read_classes, read_label, read_rgb, usable)
 
 # The 19 classes that GTA-V and Cityscapes share (section 4.1). Row i is trainId i:
 # name, Cityscapes labelId, colour (cityscapesScripts labels.py).
@@ -244,12 +244,15 @@ def make_domain(domain, parts, args):
         skipped += [(frame.image, one.why) for frame, one in made.items() if one.why]
         tried.update(made)
         if not done[split]:
-            raise UserError(f"{domain}/{split}: all of its frames were skipped, the last because: "
+            why = "all of its frames were skipped" if made else "--test has taken all usable frames"
+            raise UserError(f"{domain}/{split}: {why}, the last because: "
                             "{}: {}".format(*skipped[-1]))
-        # What an earlier run, or a killed one, has left.
-        for file in [*folder.glob("images/*.png*"), *folder.glob("labels/*.png*")]:
-            one = done[split].get(file.stem) if file.suffix == ".png" else None
-            if not one or file.parent.name == "labels" and not one.pixels.any():
+        # What an earlier run or a killed one has left, and what `usable` made beyond the wanted:
+        # such a frame of test/ may go to train/, too.
+        for file in [*folder.glob("*/*.png"), *folder.glob("*/*.png.tmp")]:
+            one = done[split].get(file.stem)
+            of_us = file.parent.name in ("images", "labels")
+            if of_us and (not one or file.parent.name == "labels" and not one.pixels.any()):
                 file.unlink()
     check_labels(domain, [*done["test"].values(), *done["train"].values()], args.label_ids)
     return done, skipped

@@ -25,10 +25,10 @@ from PIL import Image
 
 from models import Refiner
 from prepare import files_of
-from support.cli import (UserError, announce, lock, parser, path_of, positive, progress, start,
-                         write_json, write_png)
+from support.cli import (UserError, announce, lock, parser, path_of, positive, progress,
+                         read_record, start, write_json, write_png)
 from support.images import read_stack, sha256_of
-from support.raw import UNREADABLE, by_ending, read_record, read_rgb, refined_names
+from support.raw import UNREADABLE, by_ending, read_rgb, refined_names
 from support.training import (add_device_flag, load_checkpoint, pick_device, place, rebuild,
                               to_float, to_uint8)
 

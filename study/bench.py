@@ -1,4 +1,4 @@
-"""How fast every stage is on this machine: one table, every figure a ratio within the run.
+"""How fast every stage is on this machine: one table; compare its ratios, taken within the run.
 
 Times of a machine that others use too move by a factor of two, ratios of two things timed in turns
 far less: the table has the median of the ratios. R's convolutions cost 8.43 GMAC an image of

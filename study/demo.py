@@ -6,13 +6,12 @@ Writes  BASE/summary.png
     python -m study.demo --segment results/8-epochs     of the toy town
     python -m study.demo --base .                       of your own run
 """
-import json
 from pathlib import Path
 from statistics import fmean
 
 from prepare import load_images
 from segment import of_seeds
-from support.cli import parser, path_of, start
+from support.cli import parser, path_of, read_json, start
 from support.figures import save_summary
 from support.training import load_checkpoint
 from train_gan import COLUMNS
@@ -45,8 +44,8 @@ def main():
     base, tables = args.base, args.base / args.segment
 
     # 1. What the stages have found.
-    segment = json.loads((tables / "segment_unet.json").read_text(encoding="utf-8"))
-    table2 = json.loads((base / "results/table2.json").read_text(encoding="utf-8"))
+    segment = read_json(tables / "segment_unet.json")
+    table2 = read_json(base / "results/table2.json")
     domains, table = segment["domains"], {}                   # of which real is the last
     for row in segment["scores"][str(segment["seeds"][0])]:
         table[row] = [fmean(of_seeds(segment["scores"], row, d, "mIoU")) for d in domains]

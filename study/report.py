@@ -5,7 +5,6 @@ Writes  study/results/NAME.md     the claims, Tables 2 to 6, differences, classe
 
     python -m study.report game-80x160
 """
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from scipy.stats import spearmanr
 from evaluate import PAPER as PAPER_TABLE2
 from prepare import CLASSES, TABLE
 from segment import (NETWORKS, PAPER, class_table, matrix_table, mean_spread, of_seeds, scores)
-from support.cli import UserError, markdown_table, parser, path_of, start, write_text
+from support.cli import UserError, markdown_table, parser, path_of, read_json, start, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = {"mIoU": 3, "shared": 3, "accuracy": 1, "fid": 1, "kid": 1, "ssim": 3, "ssim_range1": 4}
@@ -164,9 +163,9 @@ def rank_agreement(record, by_seed, metric):
     for seed, tested in by_seed.items():
         fid = {row: quality(record, row, "fid").get(seed) for row in tested}
         names = [row for row in fid if fid[row]]
-        if len(names) > 2:
-            found.append(spearmanr([-fid[row] for row in names],
-                                   [tested[row]["real"][metric] for row in names]).statistic)
+        values = [tested[row]["real"][metric] for row in names]
+        if len(names) > 2 and len(set(values)) > 1:            # equal ones have no rank
+            found.append(spearmanr([-fid[row] for row in names], values).statistic)
     return found
 
 
@@ -294,8 +293,8 @@ def settings_text(record):
     """Which seeds were computed with which settings. UserError at other features for their FID."""
     seeds, features = {}, set()
     for seed, numbers in record["seeds"].items():
-        said = "pretrain.py {pretrain}; train_gan.py {gan}; {precision}".format(
-            **numbers["settings"])
+        said = "prepare.py {prepare}; pretrain.py {pretrain}; train_gan.py {gan}; {precision}"
+        said = said.format(**numbers["settings"])
         seeds.setdefault(said, []).append(seed)
         features.add(tuple(numbers["table2"].get(key) for key in ("n", "weights_sha256")))
     if len(features) > 1:
@@ -329,7 +328,7 @@ def main():
     args = arguments()
     source = args.results / f"{args.name}.json"
     print(f"study.report: reads {source}; writes {args.results}/{args.name}.md\n")
-    record = json.loads(source.read_text(encoding="utf-8"))
+    record = read_json(source)
     text = text_of(record)
     write_text(source.with_suffix(".md"), text)
     print(text)

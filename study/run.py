@@ -17,16 +17,14 @@ want another NAME. --seeds or --rows does a part of the study; two commands with
 run side by side; a machine that gets the record of another one adds its own seeds to it. Nothing
 but numbers and curves leaves runs/: street frames may not be passed on.
 """
-import json
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from support.cli import (UserError, lock, natural, parser, path_of, positive, start, write_json,
-                         write_text)
-from support.raw import read_record
+from support.cli import (UserError, lock, natural, parser, path_of, positive, read_json,
+                         read_record, start, whole, write_json, write_text)
 from support.training import add_inception_flag, add_precision_flag
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,10 +90,10 @@ def commands_of_row(name, seed, folder, args):
 def segmentations(args):
     """The segmentation trainings of a seed: [(network, epochs, rows)]."""
     rows = [name for name in args.rows if ROWS[name].get("segment", True)]
-    wanted = [("unet", epochs, rows) for epochs in (args.epochs, *args.curve)]
+    wanted = [("unet", epochs, rows) for epochs in args.epochs]
     deeplab = [name for name in args.deeplab if name in rows]
     if deeplab:
-        wanted.append(("deeplabv3plus", args.epochs, deeplab))
+        wanted.append(("deeplabv3plus", args.epochs[0], deeplab))
     return wanted
 
 
@@ -174,13 +172,13 @@ def run_seed(seed, history, args):
 def numbers_of_seed(folder):
     """All numbers of a seed: Table 2 and, of every segmentation, the confusion matrices, of which
     all scores are made; and how it was run."""
-    table2 = json.loads((folder / "results/table2.json").read_text(encoding="utf-8"))
+    table2 = read_json(folder / "results/table2.json")
     segment = []
     for path in sorted(folder.glob("results/*-epochs/segment_*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         (tested,) = found["confusion"].values()               # of one seed
         segment.append({"network": found["network"], "epochs": found["epochs"], "tested": tested})
-    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    settings = read_json(folder / "settings.json")
     return {"settings": settings, "table2": {key: table2[key] for key in TABLE2},
             "segment": segment}
 
@@ -193,7 +191,7 @@ def check_record(args):
         if str(seed) in old.get("seeds", {}) and not (args.base / f"seed{seed}").exists():
             raise UserError(f"{path}: has seed {seed} of another machine; choose another NAME or "
                             "other --seeds, or delete it")
-    if old.get("epochs", args.epochs) != args.epochs:
+    if old.get("epochs", args.epochs[0]) != args.epochs[0]:
         raise UserError(f"{path}: is of --epochs {old['epochs']}; choose another NAME")
 
 
@@ -206,13 +204,14 @@ def write_record(args):
     for folder in args.base.glob("seed*"):
         if (folder / "results/table2.json").is_file():
             seeds[folder.name.removeprefix("seed")] = numbers_of_seed(folder)
-    record = {"name": args.name, "epochs": args.epochs,
+    record = {"name": args.name, "epochs": args.epochs[0],
               "rows": {name: row for name, row in ROWS.items() if name in rows},
               "seeds": dict(sorted(seeds.items(), key=lambda seed: int(seed[0])))}
     write_json(path, record, indent=None)
     curves = args.base / "seed0/runs/ours/curves.png"
     if curves.is_file():
-        shutil.copy(curves, args.results / f"{args.name}-figure1.png")
+        with whole(args.results / f"{args.name}-figure1.png") as temporary:
+            shutil.copy(curves, temporary)
 
 
 def arguments():
@@ -227,9 +226,8 @@ def arguments():
                    "single one as --pretrain=--d-stride=1")
     p.add_argument("--gan", default="", help="flags of train_gan.py, every row")
     add_precision_flag(p)
-    p.add_argument("--epochs", type=positive(int), default=30, help="of the segmenters")
-    p.add_argument("--curve", type=positive(int), nargs="*", default=[8], metavar="N",
-                   help="further numbers of epochs of U-Net")
+    p.add_argument("--epochs", type=positive(int), nargs="+", default=[30, 8],
+                   help="of the segmenters: the tables are of the first, U-Net has all of them")
     p.add_argument("--deeplab", choices=ROWS, nargs="*", metavar="ROW",
                    default=["synthetic", "simgan", "ours", "real"],
                    help="the rows that DeepLabV3+ learns from; none if empty")

@@ -180,6 +180,22 @@ def write_json(path, record, indent=1):
     write_text(path, json.dumps(record, indent=indent))
 
 
+def read_json(path):
+    """The dict in a JSON file; UserError if it holds none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: damaged; run what made it again, prepare.py into another --out")
+    return record
+
+
+def read_record(path):
+    """The dict in a JSON file, or {} where no file is yet."""
+    return read_json(path) if path.is_file() else {}
+
+
 def write_png(path, image):
     """Write a PIL image as PNG, whole or not at all."""
     with whole(path) as temporary:

@@ -72,6 +72,6 @@ class Images:
 def sha256_of(folder):
     """SHA-256 of the names and bytes of the images and labels of a split folder."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*/[!.]*.png")):
+    for file in sorted([*folder.glob("images/[!.]*.png"), *folder.glob("labels/[!.]*.png")]):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()

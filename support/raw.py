@@ -1,5 +1,4 @@
 """Raw data as people have it: every file below a folder is found, or counted as not read."""
-import json
 import os
 import unicodedata
 from collections import Counter
@@ -9,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from support.cli import UserError, in_parallel
+from support.cli import UserError, in_parallel, read_record
 
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}       # Pillow knows them by name only
 ENDINGS = {ending for ending, name in Image.registered_extensions().items()
@@ -135,6 +134,8 @@ def find_folder(images, labels, ids, short=False):
     becomes a_b, or b if `short`."""
     pictures, unread = pictures_below(images)
     if labels:
+        if labels.resolve().is_relative_to(images.resolve()):      # in other words than images
+            labels = images / labels.resolve().relative_to(images.resolve())
         pictures = [file for file in pictures if labels not in file.parents or labels == images]
     if not pictures:
         raise UserError(f"{images}: no images that Pillow reads in or below it")
@@ -150,8 +151,7 @@ def find_folder(images, labels, ids, short=False):
             continue
         seen.add(os.path.realpath(file))
         key, _ = key_of(file, images)
-        relative = unicodedata.normalize("NFC", str(file.relative_to(images).with_suffix("")))
-        name = Path(key).name if short else "_".join(Path(relative).parts)
+        name = Path(key).name if short else "_".join(Path(key).parts)
         if name in taken:
             raise UserError(f"{file} and {taken[name]} would both become {name}.png; rename one")
         taken[name] = file
@@ -202,7 +202,7 @@ def read_rgb(path, labelled=False):
             raise ValueError(f"image mode {image.mode}, wanted 8-bit RGB")
         if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
             raise ValueError("it has transparent pixels, wanted an opaque image")
-        if labelled and image.getexif().get(ORIENTATION, 1) != 1:
+        if labelled and image.getexif().get(ORIENTATION) in range(2, 9):
             raise ValueError("EXIF turns it, but not its label; turn both and save them anew")
         return ImageOps.exif_transpose(image).convert("RGB")
 
@@ -329,20 +329,9 @@ def check_labels(domain, made, ids):
 # --------------------------------------------------------------------------------- records
 
 
-def read_record(file):
-    """The dict in a prepare.json or refine.json, {} without the file; UserError if it has none."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise UserError(f"{file}: damaged; run prepare.py (or refine.py) again, prepare.py "
-                        "into another --out")
-    return record
-
-
 def check_settings(file, settings):
-    """Refuse to mix two settings in one folder; the same settings just run again."""
+    """Refuse to replace a finished data set by one of other settings, or what prepare.py has not
+    made; the same settings just run again."""
     for domain in ("synthetic", "real"):
         folder = file.parent / domain
         if folder.is_symlink() or folder.exists() and not file.is_file():
@@ -358,7 +347,7 @@ def check_settings(file, settings):
 
 def usable(make, frames, wanted, workers):
     """Try frames in turn until `wanted` are usable: {frame: what make(frame) has returned} of those
-    and of the bad before them, whose `why` says what is wrong."""
+    and of all bad ones, whose `why` says what is wrong. It may make more than it returns."""
     done, missing, round_ = {}, wanted, 0
     while frames and missing:
         some, frames = frames[:missing << round_], frames[missing << round_:]

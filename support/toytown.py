@@ -20,7 +20,6 @@ from PIL import Image, ImageDraw, ImageFilter
 (ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, TRAFFIC_LIGHT, TRAFFIC_SIGN, VEGETATION, TERRAIN,
  SKY, PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE) = range(19)
 
-DOMAINS = ("synthetic", "real")
 SCALE = 3                   # how much larger the layers are painted
 NEAR, FAR = 1.2, 140.0      # where the street begins and ends (metres)
 
@@ -99,14 +98,14 @@ class Canvas:
         for pen, fill in zip(self.pens, (colour, label, int(255 * light), min(255, int(z)))):
             pen.ellipse((u - r, v - r, u + r, v + r), fill=fill)
 
-    def ground(self, x0, x1, z0, z1, colour=None, label=None, light=None):
+    def patch(self, x0, x1, z0, z1, colour=None, label=None, light=None):
         """Paint a rectangle on the ground (the depth layer has the ground from the start)."""
         self.polygon([(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)], colour, label, light)
 
     def shadow(self, x0, x1, z0, z1, height):
         """Darken the ground beside something that stands on x0..x1, z0..z1."""
         shift = -0.3 * height * self.sun
-        self.ground(x0 + min(shift, 0), x1 + max(shift, 0), z0 - 0.1, z1, light=0.12)
+        self.patch(x0 + min(shift, 0), x1 + max(shift, 0), z0 - 0.1, z1, light=0.12)
 
     def panel(self, quad, s0, t0, s1, t1, colour):
         """Paint a detail on a face: s runs 0..1 from its left to its right, t up from below."""
@@ -168,30 +167,30 @@ class Canvas:
 
 # ---- the things in a town: each paints itself on the canvas ----------------------------------
 
-def ground(canvas, rng, street):
+def pave(canvas, rng, street):
     """Grass, pavements, kerbs, the road and everything painted on it."""
     grey = rng.uniform(0.85, 1.15)
     grass, stone, asphalt = (tint(colour, grey) for colour in
                              ((104, 136, 62), (176, 166, 156), (104, 104, 108)))
-    canvas.ground(-300, 300, NEAR, 4 * FAR, grass, TERRAIN)
+    canvas.patch(-300, 300, NEAR, 4 * FAR, grass, TERRAIN)
     canvas.solid(-90, 90, FAR, FAR + 1, 0, 7, tint(grass, 0.6), VEGETATION)   # a distant wood
     for side in (-1, 1):
         kerb, verge, front = (side * street[name][side] for name in ("kerb", "verge", "front"))
-        canvas.ground(verge, front, NEAR, 4 * FAR, stone, SIDEWALK)
-        canvas.ground(kerb, kerb + 0.25 * side, NEAR, 4 * FAR, (206, 200, 190), SIDEWALK)
+        canvas.patch(verge, front, NEAR, 4 * FAR, stone, SIDEWALK)
+        canvas.patch(kerb, kerb + 0.25 * side, NEAR, 4 * FAR, (206, 200, 190), SIDEWALK)
     left, right, half = -street["kerb"][-1], street["kerb"][1], street["lane"] / 2
-    canvas.ground(left, right, NEAR, 4 * FAR, asphalt, ROAD)
+    canvas.patch(left, right, NEAR, 4 * FAR, asphalt, ROAD)
     for x in (-3 * half, half):                               # lines at the edges of the lanes
-        canvas.ground(x - 0.06, x + 0.06, NEAR, FAR, WHITE)
+        canvas.patch(x - 0.06, x + 0.06, NEAR, FAR, WHITE)
     for z in np.arange(rng.uniform(NEAR, 5), FAR, 7):         # dashes between the two lanes
-        canvas.ground(-half - 0.08, -half + 0.08, z, z + 3, WHITE)
+        canvas.patch(-half - 0.08, -half + 0.08, z, z + 3, WHITE)
     if street["tram"]:
         for x in (street["tram"] - 0.72, street["tram"] + 0.72):
-            canvas.ground(x - 0.3, x + 0.3, NEAR, FAR, tint(asphalt, 0.8))
-            canvas.ground(x - 0.07, x + 0.07, NEAR, FAR, (160, 156, 150))
+            canvas.patch(x - 0.3, x + 0.3, NEAR, FAR, tint(asphalt, 0.8))
+            canvas.patch(x - 0.07, x + 0.07, NEAR, FAR, (160, 156, 150))
     if street["zebra"]:
         for x in np.arange(left + 0.4, right - 0.6, 1.0):
-            canvas.ground(x, x + 0.5, street["zebra"], street["zebra"] + 3, WHITE)
+            canvas.patch(x, x + 0.5, street["zebra"], street["zebra"] + 3, WHITE)
 
 
 def building(canvas, rng, side, front, z0, z1, height):
@@ -516,9 +515,9 @@ TEXTURE[[BUILDING, WALL, FENCE]] = 0.1, 0.14
 TEXTURE[[VEGETATION, TERRAIN]] = 0.3, 0.28
 
 
-def noise(rng, label, cell_y, cell_x):
+def noise(rng, size, cell_y, cell_x):
     """Smooth noise [H, W, 1], about -2..2, in blotches; cells in 1/80 of the image height."""
-    height, width = label.shape
+    height, width = size
     cells = 80 / cell_y, 80 / cell_x * width / height
     grid = rng.normal(size=[max(2, round(n)) for n in cells]).astype(np.float32)
     picture = Image.fromarray(grid).resize((width, height), Image.BICUBIC)
@@ -531,15 +530,15 @@ def shade_real(canvas, rng):
     height, width = label.shape
     grain, blotch = np.split(TEXTURE[label], 2, axis=2)
     on_ground = np.isin(label, (ROAD, SIDEWALK, TERRAIN))[..., None]
-    stains = np.where(on_ground, noise(rng, label, 1.2, 12), noise(rng, label, 14, 5))
-    texture = grain * noise(rng, label, 1.3, 1.3)
-    texture = texture + blotch * (0.6 * noise(rng, label, 4, 4) + 0.8 * stains)
+    stains = np.where(on_ground, noise(rng, label.shape, 1.2, 12), noise(rng, label.shape, 14, 5))
+    texture = grain * noise(rng, label.shape, 1.3, 1.3)
+    texture = texture + blotch * (0.6 * noise(rng, label.shape, 4, 4) + 0.8 * stains)
     soft = Image.fromarray(to_bytes(light[..., 0])).filter(ImageFilter.GaussianBlur(height / 60))
     soft = np.asarray(soft, float)[..., None] / 255           # clouds soften every shadow
     image = saturate(colour * np.exp(texture), rng.uniform(0.45, 0.7))
     image = image * (0.4 + 0.6 * soft) * rng.uniform(0.7, 1.0)
     air = np.array([0.62, 0.66, 0.64])
-    clouds = 1 + 0.07 * noise(rng, label, 9, 30)
+    clouds = 1 + 0.07 * noise(rng, label.shape, 9, 30)
     haze = (1 - np.exp(-depth / rng.uniform(120, 260))) * (1 - sky)
     image = image + haze * (air - image) + sky * rng.uniform(1.25, 1.45) * air * clouds
     y, x = np.linspace(-1, 1, height)[:, None, None], np.linspace(-1, 1, width)[None, :, None]
@@ -554,14 +553,14 @@ def shade_real(canvas, rng):
 def draw(domain, seed, size=(80, 160)):
     """Draw one street scene.
 
-    domain: "synthetic" (the game look) or "real" (the camera look); seed: an int >= 0 or a tuple
-    of them, which decides everything; size: (height, width), at least (24, 24).
+    domain: "synthetic" (the game look) or "real" (the camera look); seed: a tuple of ints >= 0,
+    which decides everything; size: (height, width), at least (24, 24).
     Returns (image uint8 [H, W, 3] RGB, label uint8 [H, W] with Cityscapes trainIds 0..18).
     The same arguments give the same bytes (with the same versions of numpy and pillow).
     """
-    rng = np.random.default_rng([DOMAINS.index(domain), *np.atleast_1d(seed).tolist()])
+    rng = np.random.default_rng([domain == "real", *seed])
     canvas, street = Canvas(rng, *size), plan_street(rng)
-    ground(canvas, rng, street)
+    pave(canvas, rng, street)
     for _, _, paint, arguments in plan_town(rng, street):
         paint(canvas, rng, *arguments)
     return (shade_game if domain == "synthetic" else shade_real)(canvas, rng)

@@ -85,6 +85,7 @@ MISTAKES = [
     ("prepare.py --synthetic ok empty --real ok", "none has its label; ok/00.png: no"),
     ("prepare.py --synthetic ok --cityscapes ok --test 1", "ok/leftImg8bit/train: no such folder"),
     ("prepare.py --synthetic ok ok ok --real ok", "--synthetic IMAGES [LABELS]"),
+    ("prepare.py --synthetic same --real ok", "same/00_leftImg8bit.png same/00.png become rename"),
     ("prepare.py --synthetic deep --real ok --test 1", "deep/x/00.png deep/x_00.png become rename"),
     ("prepare.py --synthetic cs --real ok --test 1", "cs/gtFine/ulm/00.png: label cs images;"),
     ("prepare.py --synthetic mixed --real ok --test 1", "mixed/00_gtFine_color.png: label"),
@@ -208,7 +209,8 @@ def empty(tmp_path_factory):
                       np.full(size, value, np.uint8))
     for folder in ("ok", "twice", "mixed", "cs/leftImg8bit/ulm", "cs/gtFine/ulm", "deep/x"):
         fill(cwd / folder, 4)
-    for file in ("twice/00.jpg", "mixed/00_gtFine_color.png", "deep/x_00.png"):
+    for file in ("same/00.png", "same/00_leftImg8bit.png", "twice/00.jpg", "deep/x_00.png",
+                 "mixed/00_gtFine_color.png"):
         save(cwd / file, noise(0))
     (cwd / "good/synthetic/refine.json").write_text('{"finished": true}')
     (cwd / "empty").mkdir()

@@ -92,8 +92,9 @@ def test_a_pair_is_shrunk_and_its_label_are_train_ids_of_the_nearest_pixel(raw, 
 
 
 def test_running_again_gives_the_same_bytes(raw, prepared):
-    """A file of the user's stays, too."""
+    """Files of the user's stay, too."""
     save(prepared / "real/train/depth/a.png", noise(0))
+    save(prepared / "real/train/labels/0.png.bak", b"mine")
     before = content(prepared)                                # the default, said; more workers
     good(*official(raw, prepared), "--label-ids", "labelIds", "--workers", 2)
     assert content(prepared) == before
@@ -174,6 +175,18 @@ def test_the_papers_data_has_the_papers_crop(raw, tmp_path):
     good(*command, "--crop", "none")
 
 
+def test_labels_may_lie_in_the_images_however_that_is_spelled(tmp_path):
+    """They are no images. One that cannot be read leaves the test frames nothing for training."""
+    raw = fill(tmp_path / "raw", 4)
+    for i in range(4):
+        save(raw / f"masks/{i:02d}.png", blocks(i))
+    flags = ["--synthetic", raw, raw / "../raw/masks", "--real", raw, *SMALL[:-1], 3, "--out"]
+    assert "skipped" not in good(*flags, tmp_path / "a").replace("0 frames skipped", "")
+    save(raw / "00.png", b"damaged")
+    assert "synthetic/train: --test has taken all usable frames, the last because: " in error_line(
+        *flags, tmp_path / "b")
+
+
 # ------------------------------------------------------------------------------------- demo
 
 
@@ -200,9 +213,10 @@ def test_the_demo_has_two_looks(tmp_path):
 
 
 PHOTO, LABEL = noise(0), Image.new("L", (64, 48), 7)
-HOLED, DEEP, TURNED = PHOTO.convert("RGBA"), Image.new("I;16", (64, 48), 3000), Image.Exif()
+HOLED, DEEP = PHOTO.convert("RGBA"), Image.new("I;16", (64, 48), 3000)
 HOLED.putpixel((3, 3), (0, 0, 0, 0))
-TURNED[0x0112] = 6
+TURNED, UPRIGHT = Image.Exif(), Image.Exif()
+TURNED[0x0112], UPRIGHT[0x0112] = 6, 0
 # The table of bad (and good) input. File name of the image: image, label (as bytes or PIL), and
 # words of the reason for which the pair is skipped; none for a pair that must be taken.
 FRAMES = {
@@ -221,6 +235,7 @@ FRAMES = {
     "two.gif": (encoded(noise(1), "GIF", save_all=True, append_images=[PHOTO]), LABEL,
                 "2 pictures"),
     "turned.jpg": (encoded(PHOTO, "JPEG", exif=TURNED), LABEL, "EXIF"),
+    "upright.jpg": (encoded(PHOTO, "JPEG", exif=UPRIGHT), LABEL, ""),
     "n" * 247 + ".png": (PHOTO, LABEL, ""),
     "n" * 248 + ".png": (PHOTO, LABEL, "name too long"),
     "deep label.png": (PHOTO, DEEP, "label ids 3000"),

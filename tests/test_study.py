@@ -40,7 +40,7 @@ def numbers(scores, fid):
     rows = {row: {"scores": {"fid": {"value": fid.get(row, 20.0)}, "kid": {"value": 0.02},
                              "ssim": {"value": 0.25}, "ssim_range1": {"value": 0.01}}}
             for row in scores if row != "real"}
-    return {"settings": {"pretrain": "", "gan": "", "precision": "float32"}, "segment": [
+    return {"settings": dict.fromkeys(["prepare", "pretrain", "gan", "precision"], ""), "segment": [
         {"network": "unet", "epochs": 30, "tested": tested}],
             "table2": {"label": "FID", "n": 6, "rows": rows}}
 
@@ -174,7 +174,7 @@ def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
     trained = {"simgan", "ours", "l1", "as-printed", "finer-d"}
     assert set(found["train_gan"]) == trained and set(found["pretrain"]) == trained - {"l1"}
     assert trainings == 9 and (study.base / f"seed{seed}/runs/l1/pretrain.pt").is_file()   # ours'
-    assert set(found["refine"]) == trained | {"pretrained", "rule", "l1-rule"}
+    assert set(found["refine"]) == trained | {"pretrained", "rule", "l1-rule", "finer-rule"}
     assert found["pretrain"]["finer-d"].d_stride == 1 and found["pretrain"]["ours"].d_stride == 3
     assert found["pretrain"]["as-printed"].final_relu
     assert found["train_gan"]["as-printed"].rec == "l1" and found["train_gan"]["ours"].rec == "l2"
@@ -211,7 +211,7 @@ def test_what_is_finished_is_not_run_again(study, monkeypatch):
     study.args.gan += " --alpha 10"
     assert {command[0] for command in run_seed(study, 0)} == {
         "train_gan.py", "refine.py", "-m", "evaluate.py", "segment.py"}       # -m: ours-colour
-    study.args.curve, study.args.deeplab = [5], ["ours"]
+    study.args.epochs, study.args.deeplab = [30, 5], ["ours"]
     assert [command[0] for command in run_seed(study, 0)] == ["segment.py"] * 2
     monkeypatch.setitem(run.ROWS, "as-printed", {**run.ROWS["as-printed"], "gan": "--rec l2"})
     assert [command[0] for command in run_seed(study, 0)] == [          # one row, not the last
@@ -254,7 +254,7 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
         "--crop none --size 24 48 --test 3 --workers 1\" --inception random --seeds 0 "
         "--rows synthetic real colour ours "
         "--pretrain '--steps 2 --d-steps 2' --gan '--steps 4 --batch-size 2 --sample-every 2' "
-        "--epochs 1 --curve --deeplab --results .")
+        "--epochs 1 --deeplab --results .")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "run", as_user)
     monkeypatch.setattr("sys.argv", ["run.py", *flags])

@@ -376,6 +376,7 @@ def test_a_domain_of_other_images_is_named(fresh):
     (data / "link").symlink_to("synthetic")                    # it is looked for by that name
     call("refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--data", "data/link", "--out",
          "data/linked", cwd=fresh)
+    save(data / "synthetic/test/depth/a.png", noise(0))        # the user's, no image or label
     check_domains(data, ["ours", "twice", "linked", "real"], ["train", "test"])
     file = data / f"ours/test/images/{names(data / 'ours/test')[0]}.png"
     file.rename(file.with_name("x.png"))
