@@ -1,7 +1,7 @@
 """Stage 6: Tables 3-7. Which images make the better training set for segmentation?
 
-Trains each network on each domain (synthetic, simgan, ours, real) and tests it on each. The
-trainings of a network differ in their data only: same number of images, epochs, learning rate
+Trains each network on each domain (synthetic, simgan, ours, real and others) and tests it on each.
+The trainings of a network differ in their data only: same number of images, epochs, learning rate
 and seed, so the same initial weights and the same order.
 
 Reads   data/*/{train,test}/{images,labels}

@@ -98,6 +98,9 @@ def test_a_low_fid_and_a_high_score_are_compared_by_rank(record):
     assert row[1].startswith("cannot tell: +6") and row[1].endswith("] (paper: +10)")
     by_seed["0"] = {row: by_seed["0"][row] for row in ("synthetic", "ours")}        # too few
     assert len(report.rank_agreement(record, by_seed, "accuracy")) == 1
+    for others, seeds in (("ours", 1), ("simgan", 0)):         # three rows; all of them equal
+        some = {"1": {row: by_seed["1"][row] for row in ("synthetic", "colour", others)}}
+        assert len(report.rank_agreement(record, some, "mIoU")) == seeds
 
 
 def test_a_lower_fid_and_a_higher_ssim_are_claimed(record):
