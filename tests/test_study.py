@@ -96,6 +96,7 @@ def test_a_low_fid_and_a_high_score_are_compared_by_rank(record):
         [5 / 40 ** 0.5, 3.75 / 37.5 ** 0.5])
     (row,) = [row for row in report.claims_of(record, "unet", by_seed) if "gap" in row[0]]
     assert row[1].startswith("cannot tell: +6") and row[1].endswith("] (paper: +10)")
+    assert row[2].endswith("] (paper: +46)")
     by_seed["0"] = {row: by_seed["0"][row] for row in ("synthetic", "ours")}        # too few
     assert len(report.rank_agreement(record, by_seed, "accuracy")) == 1
     for others, seeds in (("ours", 1), ("simgan", 0)):         # three rows; all of them equal
