@@ -104,6 +104,17 @@ def test_a_low_fid_and_a_high_score_are_compared_by_rank(record):
         assert len(report.rank_agreement(record, some, "mIoU")) == seeds
 
 
+def test_the_first_claim_is_made_for_every_number_of_epochs(record):
+    """Here of trainings of which ours gains 0.04 and 0.075."""
+    for some in record["seeds"].values():
+        (entry,) = some["segment"]
+        tested = {**entry["tested"], "ours": entry["tested"]["other"]}
+        some["segment"].append({"network": "unet", "epochs": 8, "tested": tested})
+    claims = [row for row in report.text_of(record).splitlines() if "than on synthetic" in row]
+    assert [", after 8" in row for row in claims] == [False, True]
+    assert " | cannot tell: +0.062 [" in claims[0] and " | cannot tell: +0.058 [" in claims[1]
+
+
 def test_a_lower_fid_and_a_higher_ssim_are_claimed(record):
     """By hand; a number without R has no deviation, whatever the processor."""
     first, second = record["seeds"].values()
