@@ -299,7 +299,7 @@ def arguments():
     p.add_argument("--size", type=positive(int), nargs=2, default=[80, 160],
                    metavar=("H", "W"), help="(paper) size of every image")
     p.add_argument("--crop", nargs="+", metavar="N", help="(paper) TOP LEFT HEIGHT WIDTH, or "
-                   "none (default: 200 600 400 600 if --gta5 and --cityscapes, else none)")
+                   "none (default: 200 600 400 600 of GTA-V with Cityscapes, else none)")
     p.add_argument("--test", type=positive(int), help="(paper) test frames a domain "
                    "(default: 200, or a fifth of all, 3 at least, if that is less)")
     p.add_argument("--limit", type=positive(int), help="training frames a domain, at most; "

@@ -494,7 +494,7 @@ def test_inception_sees_299_pixels_in_its_range_and_order():
 
 DEFAULTS = {
     "prepare": {"--size": "[80, 160]",
-                "--crop": "200 600 400 600 of GTA-V and Cityscapes, none of other data",
+                "--crop": "200 600 400 600 of GTA-V with Cityscapes, else none",
                 "--test": "200, or a fifth of all, 3 at least, if that is less"},
     "pretrain": {"--steps": "1200", "--d-steps": "400", "--lr": "0.0001", "--d-lr": "0.001",
                  "--d-stride": "3"},
