@@ -286,8 +286,8 @@ def window_matrix(n, like):
 
 
 def leave_out(metric, *sets):
-    """metric(*sets) with the i-th of 20 groups, or of as many as the smallest set has elements,
-    left out of every set at once: float64 [groups]. Element k of a set is in group k mod 20: pairs
+    """metric(*sets) with the i-th group left out of every set at once: float64 [groups]; 20 groups,
+    or as many as the smallest set has elements. Element k of a set is in group k mod groups: pairs
     stay pairs, so what chance does to two rows alike is not in the difference of their values."""
     groups = min(20, *map(len, sets))
     values = []

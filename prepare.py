@@ -245,15 +245,15 @@ def make_domain(domain, parts, args):
         tried.update(made)
         if not done[split]:
             why = "all of its frames were skipped" if made else "--test has taken all usable frames"
-            raise UserError(f"{domain}/{split}: {why}, the last because: "
-                            "{}: {}".format(*skipped[-1]))
+            file, reason = skipped[-1]
+            raise UserError(f"{domain}/{split}: {why}; the last bad one is {file}: {reason}")
         # What an earlier run or a killed one has left, and what `usable` made beyond the wanted:
         # such a frame of test/ may go to train/, too.
-        for file in [*folder.glob("*/*.png"), *folder.glob("*/*.png.tmp")]:
-            one = done[split].get(file.stem)
-            of_us = file.parent.name in ("images", "labels")
-            if of_us and (not one or file.parent.name == "labels" and not one.pixels.any()):
-                file.unlink()
+        for kind in ("images", "labels"):
+            for file in [*folder.glob(f"{kind}/*.png"), *folder.glob(f"{kind}/*.png.tmp")]:
+                one = done[split].get(file.stem) if file.suffix == ".png" else None
+                if not one or kind == "labels" and not one.pixels.any():
+                    file.unlink()
     check_labels(domain, [*done["test"].values(), *done["train"].values()], args.label_ids)
     return done, skipped
 

@@ -175,7 +175,7 @@ def main():
     R = place(rebuild(Refiner, state, "refiner", args.checkpoint), device)
 
     # 2. What is to be refined, and whether it may be written.
-    # --images by the place where they are, --data by its name, if only a link's.
+    # --data by its name, even if that is a link's: check_domains looks for it beside --out.
     what = "images" if args.images else "source"
     record = {"checkpoint": str(args.checkpoint), "step": state["step"],
               what: str(args.images.resolve()) if args.images else os.path.abspath(args.data),

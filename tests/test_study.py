@@ -261,7 +261,9 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
             assert record["seeds"]["0"]["table2"] and not record["seeds"]["0"]["segment"]
         if command[0] == "-m":
             command = [command[1].replace(".", "/") + ".py", *command[2:]]
-        call(*command, cwd=tmp_path)
+        out, _ = call(*command, cwd=tmp_path)
+        if command[0] == "evaluate.py":
+            assert "missing: runs/study/my study/seed0/data/simgan/ (left out" in out
 
     (tmp_path / "my raw data").symlink_to(raw)
     asked, flags = [], shlex.split(
@@ -279,6 +281,7 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
     record = json.loads((tmp_path / "my study.json").read_text())
     numbers = record["seeds"]["0"]
     assert set(numbers["table2"]["rows"]) >= {"synthetic", "colour", "ours"}
+    assert numbers["table2"]["n"] == 3                         # of the smallest folder
     (entry,) = numbers["segment"]
     assert set(entry["tested"]) == {"synthetic", "real", "colour", "ours"}
     assert record["epochs"] == 1 and record["name"] == "my study"
