@@ -294,7 +294,8 @@ def epochs_table(record, network):
 
 
 def settings_text(record):
-    """Which seeds were computed with which settings. UserError at other features for their FID."""
+    """Which seeds were computed with which settings, and of which features FID is (of random ones
+    it is none). UserError if the seeds differ in these."""
     seeds, features = {}, set()
     for seed, numbers in record["seeds"].items():
         said = "prepare.py {prepare}; pretrain.py {pretrain}; train_gan.py {gan}; {precision}"
@@ -303,7 +304,8 @@ def settings_text(record):
         features.add(tuple(numbers["table2"].get(key) for key in ("n", "weights_sha256")))
     if len(features) > 1:
         raise UserError(f"{record['name']}: the FID of its seeds is of other --n or --inception")
-    return "\n".join(f"- seed {', '.join(some)}: {said}" for said, some in seeds.items())
+    lines = [f"- seed {', '.join(some)}: {said}" for said, some in seeds.items()]
+    return "\n".join([*lines, f"- what is called FID here: {numbers['table2']['label']}"])
 
 
 def text_of(record):
