@@ -12,10 +12,12 @@ def test_a_score_has_its_error_and_its_interval():
     image L = 1 leaves float32 nothing but its rounding, of either sign."""
     images, real = (100 + 40 * torch.randn(2, 70, 3, 16, 24)).clamp(0, 255).to(torch.uint8)
     features, real_features = torch.randn(2, 70, 5).double()
-    row = {m: with_error(*s) for m, s in measure(images, features, real, real_features).items()}
+    found = measure(images, features, real, real_features)
+    row = {m: with_error(*s) for m, s in found.items()}
     for name, max_val in (("ssim", 255), ("ssim_range1", 1)):
         values = ssim(images.double(), real.double(), max_val)
         assert row[name]["value"] == pytest.approx(values.mean().item(), rel=1e-9)
+        assert found[name][1][3] == pytest.approx(values[torch.arange(70) != 3].mean().item())
         assert row[name]["se"] == pytest.approx(values.std().item() / 70 ** 0.5, rel=1e-6)
     s = row["kid"]                             # of 20 replicates: t with 19 degrees of freedom
     assert s["se"] == pytest.approx(jackknife_error(leave_out(kid, features, real_features)))

@@ -216,8 +216,15 @@ def test_the_demo_has_two_looks(tmp_path):
 PHOTO, LABEL = noise(0), Image.new("L", (64, 48), 7)
 HOLED, DEEP = PHOTO.convert("RGBA"), Image.new("I;16", (64, 48), 3000)
 HOLED.putpixel((3, 3), (0, 0, 0, 0))
-TURNED, UPRIGHT = Image.Exif(), Image.Exif()
-TURNED[0x0112], UPRIGHT[0x0112] = 6, 0
+
+
+def held(orientation, photo=PHOTO):
+    """A JPEG whose EXIF says that the camera was held so: 2 to 8 are to be turned or mirrored."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(photo, "JPEG", exif=exif)
+
+
 # The table of bad (and good) input. File name of the image: image, label (as bytes or PIL), and
 # words of the reason for which the pair is skipped; none for a pair that must be taken.
 FRAMES = {
@@ -235,8 +242,8 @@ FRAMES = {
     "binary label.png": (PHOTO, LABEL.convert("1"), "label mode 1"),
     "two.gif": (encoded(noise(1), "GIF", save_all=True, append_images=[PHOTO]), LABEL,
                 "2 pictures"),
-    "turned.jpg": (encoded(PHOTO, "JPEG", exif=TURNED), LABEL, "EXIF"),
-    "upright.jpg": (encoded(PHOTO, "JPEG", exif=UPRIGHT), LABEL, ""),
+    "unsaid.jpg": (held(0), LABEL, ""), "mirrored.jpg": (held(2), LABEL, "EXIF"),
+    "turned.jpg": (held(8), LABEL, "EXIF"), "no such number.jpg": (held(9), LABEL, ""),
     "n" * 247 + ".png": (PHOTO, LABEL, ""),
     "n" * 248 + ".png": (PHOTO, LABEL, "name too long"),
     "deep label.png": (PHOTO, DEEP, "label ids 3000"),
@@ -252,7 +259,7 @@ def test_the_table_of_bad_input(tmp_path):
         for picture, file in ((image, f"images/{name}"), (label, f"labels/{stem}{ending}")):
             save(root / file, picture)
     save(root / "labels/alone.png", LABEL)
-    save(fill(root / "real", 9) / "turned.jpg", encoded(noise(0, (64, 48)), "JPEG", exif=TURNED))
+    save(fill(root / "real", 9) / "turned.jpg", held(6, noise(0, (64, 48))))
     before = content(root)
     text = good("--synthetic", root / "images", root / "labels", "--real", root / "real",
                 "--out", tmp_path / "out", "--label-ids", "labelIds", *SMALL[:-1], 6)
