@@ -20,7 +20,7 @@ bench: .venv/installed
 
 demo: .venv/installed
 	$(PY) -m study.run demo --base demo --results demo --seeds 0 --inception random \
-	  --rows synthetic real simgan ours pretrained --epochs 8 --deeplab \
+	  --rows synthetic real simgan ours pretrained --epochs 8 --deeplab --random-crops \
 	  --prepare "--demo --limit 200 --test 60 --size 32 64" \
 	  --pretrain "--steps 80 --d-steps 200 --lr 3e-4 --batch-size 8 --layer Conv2d_2b_3x3" \
 	  --gan "--steps 100 --lr 2e-4 --batch-size 6 --sample-every 20 --save-every 50 \

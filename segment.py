@@ -13,6 +13,7 @@ Writes  results/segment_NETWORK.md    full matrices of mIoU and pixel accuracy, 
     python segment.py                                both networks
     python segment.py --network unet --seeds 0 1 2   mean and spread over seeds
     python segment.py --train synthetic ours         only these rows; tested on all
+    python segment.py --random-crops                 learn from random parts of the images
 
 Two cores learn from 11 images of 80 x 160 a second with U-Net, from 5 with DeepLabV3+.
 """
@@ -22,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.functional import resized_crop
 
 from models import DeepLabV3Plus, UNet
 from prepare import (CLASSES, IGNORE, TABLE, check_domains, classes_of, load_images, load_labels,
@@ -77,9 +80,21 @@ def scores(matrix):
 # ------------------------------------------------------------------------- train and test
 
 
+def random_parts(x, y):
+    """A random part of every image and of its label, a quarter of it or more, at the size of the
+    whole: uint8 [n, 3, H, W] and [n, H, W] to the same."""
+    height, width = x.shape[-2:]
+    images, labels = [], []
+    for image, label in zip(x, y[:, None]):
+        box = RandomResizedCrop.get_params(image, (0.25, 1), (width / height, width / height))
+        images.append(resized_crop(image, *box, [height, width]))
+        labels.append(resized_crop(label, *box, [height, width], InterpolationMode.NEAREST_EXACT))
+    return torch.stack(images), torch.cat(labels)
+
+
 def train(net, images, labels, args, device, title):
-    """Cross-entropy (void ignored), Adam, cosine learning rate, random mirroring. images uint8
-    [N, 3, H, W], labels trainIds [N, H, W]."""
+    """Cross-entropy (void ignored), Adam, cosine learning rate, random mirroring, --random-crops.
+    images uint8 [N, 3, H, W], labels trainIds [N, H, W]."""
     batch = min(args.batch_size, len(images))
     used = len(images) // batch * batch                       # what fills no batch is left out
     images, labels = keep_on(device, images, labels)
@@ -94,6 +109,8 @@ def train(net, images, labels, args, device, title):
             mirror = (torch.rand(batch) < 0.5).to(device, non_blocking=True)
             x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
             y = torch.where(mirror[:, None, None], y.flip(-1), y)
+            if args.random_crops:
+                x, y = random_parts(x, y)
             with autocast(device, args.precision):
                 logits = net(to_float(x)).float()             # [batch, classes, H, W]
             loss = F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="sum")
@@ -126,10 +143,10 @@ def trained(network, domain, seed, data, args, device):
     net = place(build(network, args), device)
     wanted = {"start": sha256(net.state_dict().values()), "data": sha256([images, labels]),
               "epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr,
-              "precision": args.precision}
+              "precision": args.precision, "random_crops": args.random_crops}
     if path.is_file():
         saved = load_checkpoint(path, ["segment"], "delete it")
-        if saved["settings"] == wanted:
+        if {"random_crops": False, **saved["settings"]} == wanted:       # older: without the flag
             net.load_state_dict(saved["weights"])
             print(f"{path}: trained before, not again")
             return net
@@ -195,8 +212,9 @@ def class_table(by_seed, rows, table):
 
 def report(network, by_seed, rows, columns, count, args):
     """Write and print segment_NETWORK.md."""
+    crops = ", random crops" if args.random_crops else ""
     text = [f"### {NETWORKS[network]}: {count} training images, {args.epochs} epochs, batch "
-            f"{args.batch_size}, lr {args.lr}, seeds {' '.join(map(str, args.seeds))}", ""]
+            f"{args.batch_size}, lr {args.lr}{crops}, seeds {' '.join(map(str, args.seeds))}", ""]
     for metric in ("mIoU", "accuracy"):
         paper = PAPER[network][metric] if args.table == TABLE else {}     # its 19 classes
         text.append(matrix_table(metric, paper, by_seed, rows, columns))
@@ -241,6 +259,8 @@ def arguments():
     p.add_argument("--epochs", type=positive(int), default=30, help="passes over the data")
     p.add_argument("--batch-size", type=positive(int), default=16, help="images a batch")
     p.add_argument("--lr", type=positive(float), default=1e-3, help="at the start; cosine to 0")
+    p.add_argument("--random-crops", action="store_true", help="learn from random parts of the "
+                   "images, a quarter or more of each, at the size of the whole")
     p.add_argument("--seeds", type=natural, nargs="+", default=[0], help="one training each")
     p.add_argument("--backbone-weights", type=expanduser, default="none",
                    help="of DeepLabV3+'s ResNet-50: none, imagenet (downloaded) or a file")

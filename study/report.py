@@ -73,12 +73,14 @@ def shared_classes(record):
     return np.arange(len(CLASSES))
 
 
-def tested_by_seed(record, network, epochs):
-    """{seed: {trained on: {tested on: segment.scores, and "shared": mIoU of shared_classes}}}."""
+def tested_by_seed(record, network, epochs, crops=False):
+    """{seed: {trained on: {tested on: segment.scores, and "shared": mIoU of shared_classes}}}, of
+    the trainings for so many epochs, with random crops or without."""
     by_seed, shared = {}, shared_classes(record)
     for seed, numbers in record["seeds"].items():
         for entry in numbers["segment"]:
-            if (entry["network"], entry["epochs"]) != (network, epochs):
+            if (entry["network"], entry["epochs"], entry["random_crops"]) != (
+                    network, epochs, crops):
                 continue
             by_seed[seed] = {}
             for row, by_domain in entry["tested"].items():
@@ -190,10 +192,10 @@ def claims_of(record, network, by_seed):
     rows, both = [], ("mIoU", "accuracy")
     for text, one, other in CLAIMS:
         rows.append([text, *[said(difference(by_seed, one, other, m), DIGITS[m]) for m in both]])
-    for epochs in sorted(epochs_of(record, network) - {record["epochs"]}):
-        shorter = tested_by_seed(record, network, epochs)
-        rows.append([f"{REFINED[0]}, after {epochs} epochs",
-                     *[said(difference(shorter, *REFINED[1:], m), DIGITS[m]) for m in both]])
+    for other in sorted(trainings_of(record, network) - {(record["epochs"], False)}):
+        found = tested_by_seed(record, network, *other)
+        rows.append([f"{REFINED[0]}, after {training_text(*other)}",
+                     *[said(difference(found, *REFINED[1:], m), DIGITS[m]) for m in both]])
     rows.append(["within a seed, rows with a lower FID score higher (rank correlation)",
                  *[said(rank_agreement(record, by_seed, m), 2) for m in both]])
     rows.append(["ours closes as much of the gap to real images as in the paper, %",
@@ -264,30 +266,34 @@ def real_table(record, by_seed):
     return markdown_table(head, rows)
 
 
-def epochs_of(record, network):
-    """For how many epochs a network was trained, as a set."""
-    return {entry["epochs"] for numbers in record["seeds"].values()
+def trainings_of(record, network):
+    """How a network was trained: {(epochs, with random crops)}."""
+    return {(entry["epochs"], entry["random_crops"]) for numbers in record["seeds"].values()
             for entry in numbers["segment"] if entry["network"] == network}
 
 
-def epochs_table(record, network):
-    """mIoU / accuracy on real after every number of epochs, over the seeds that have them all;
-    empty where there is only one number."""
-    found, rows = {}, []
-    for epochs in sorted(epochs_of(record, network)):
-        found[epochs] = tested_by_seed(record, network, epochs)
-    for row in sorted(record["rows"], key=lambda row: row == "real"):
-        seeds = set.intersection(*[set(on_real(some, row, "mIoU")) for some in found.values()])
-        cells = [row, ", ".join(sorted(seeds, key=int))]
-        for by_seed in found.values():
-            some = {seed: by_seed[seed] for seed in by_seed if seed in seeds}
-            both = [with_spread(on_real(some, row, m), m) for m in ("mIoU", "accuracy")]
-            cells.append(" / ".join(both))
-        if seeds:
+def training_text(epochs, crops):
+    return f"{epochs} epochs" + (" with random crops" if crops else "")
+
+
+def trainings_table(record, network):
+    """Scores on real after other trainings than the tables', beside those of the same seeds after
+    that one; empty where there is no other."""
+    usual, rows = (record["epochs"], False), []
+    compared = tested_by_seed(record, network, *usual)
+    for other in sorted(trainings_of(record, network) - {usual}):
+        found = tested_by_seed(record, network, *other)
+        for row in rows_in(record, found):
+            seeds = [seed for seed in on_real(found, row, "mIoU") if row in compared.get(seed, {})]
+            cells = [f"{row}, {training_text(*other)}", ", ".join(seeds)]
+            for by_seed in (found, compared):
+                some = {seed: by_seed[seed] for seed in seeds}
+                both = [with_spread(on_real(some, row, m), m) for m in ("mIoU", "accuracy")]
+                cells.append(" / ".join(both))
             rows.append(cells)
-    head = [f"mIoU / accuracy, %, on real of {NETWORKS[network]}, trained on", "seeds",
-            *[f"{n} epochs" for n in found]]
-    return markdown_table(head, rows) if len(found) > 1 else ""
+    head = [f"{NETWORKS[network]}, trained on", "seeds", "mIoU / accuracy, %, on real",
+            f"the same after {training_text(*usual)}"]
+    return markdown_table(head, rows) if rows else ""
 
 
 # ------------------------------------------------------------------------------ the report
@@ -319,7 +325,8 @@ def text_of(record):
         parts += [f"## {NETWORKS[network]}, {record['epochs']} epochs", real_table(record, by_seed)]
         for metric, paper in PAPER[network].items():          # Tables 3 to 6, as segment.py's
             parts.append(matrix_table(metric, paper, by_seed, names, names).strip())
-        parts += [class_table(by_seed, names, TABLE).strip(), epochs_table(record, network)]
+        parts += [class_table(by_seed, names, TABLE).strip(),
+                  trainings_table(record, network)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

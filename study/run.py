@@ -88,13 +88,13 @@ def commands_of_row(name, seed, folder, args):
 
 
 def segmentations(args):
-    """The segmentation trainings of a seed: [(network, epochs, rows)]."""
+    """The segmentation trainings of a seed: [(network, epochs, rows, more flags)]."""
     rows = [name for name in args.rows if ROWS[name].get("segment", True)]
-    wanted = [("unet", epochs, rows) for epochs in args.epochs]
-    deeplab = [name for name in args.deeplab if name in rows]
-    if deeplab:
-        wanted.append(("deeplabv3plus", args.epochs[0], deeplab))
-    return wanted
+    wanted = [("unet", epochs, rows, []) for epochs in args.epochs]
+    for network, names, flags in (("unet", args.random_crops, ["--random-crops"]),
+                                  ("deeplabv3plus", args.deeplab, [])):
+        wanted.append((network, args.epochs[0], [name for name in names if name in rows], flags))
+    return [some for some in wanted if some[2]]
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -156,13 +156,12 @@ def run_seed(seed, history, args):
                 "--inception", str(args.inception)]
     once(folder / "stamps/evaluate", evaluate, "\n".join([*made, shlex.join(evaluate)]))
     write_record(args)
-    for network, epochs, rows in segmentations(args):
-        command = ["segment.py", "--data", f"{folder}/data", "--out",
-                   f"{folder}/results/{epochs}-epochs", "--network", network, "--epochs",
-                   str(epochs), "--seeds", str(seed), "--precision", args.precision,
-                   "--train", *rows]
-        once(folder / f"stamps/{network}-{epochs}", command,
-             "\n".join([*made, shlex.join(command)]))
+    for network, epochs, rows, flags in segmentations(args):
+        name = "".join([f"{epochs}-epochs", *flags])
+        command = ["segment.py", "--data", f"{folder}/data", "--out", f"{folder}/results/{name}",
+                   "--network", network, "--epochs", str(epochs), "--seeds", str(seed),
+                   "--precision", args.precision, *flags, "--train", *rows]
+        once(folder / f"stamps/{network}-{name}", command, "\n".join([*made, shlex.join(command)]))
         write_record(args)
 
 
@@ -174,10 +173,12 @@ def numbers_of_seed(folder):
     all scores are made; and how it was run."""
     table2 = read_json(folder / "results/table2.json")
     segment = []
-    for path in sorted(folder.glob("results/*-epochs/segment_*.json")):
+    for path in sorted(folder.glob("results/*-epochs*/segment_*.json")):
         found = read_json(path)
         (tested,) = found["confusion"].values()               # of one seed
-        segment.append({"network": found["network"], "epochs": found["epochs"], "tested": tested})
+        segment.append({"network": found["network"], "epochs": found["epochs"],
+                        "random_crops": found["settings"].get("random_crops", False),
+                        "tested": tested})
     settings = read_json(folder / "settings.json")
     return {"settings": settings, "table2": {key: table2[key] for key in TABLE2},
             "segment": segment}
@@ -231,6 +232,9 @@ def arguments():
     p.add_argument("--deeplab", choices=ROWS, nargs="*", metavar="ROW",
                    default=["synthetic", "simgan", "ours", "real"],
                    help="the rows that DeepLabV3+ learns from; none if empty")
+    p.add_argument("--random-crops", choices=ROWS, nargs="*", metavar="ROW",
+                   default=["synthetic", "ours"],
+                   help="the rows that U-Net learns from by random crops as well")
     p.add_argument("--base", type=path_of, help="where the runs lie (default: runs/study/NAME)")
     p.add_argument("--results", type=path_of, default=ROOT / "study/results", help="of the record")
     args = p.parse_args()

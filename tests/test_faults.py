@@ -26,7 +26,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
     ("runs/ours", ["pretrain.py", "--method", "simgan", "--run", "runs/ours", "--overwrite"]),
     ("runs/ours", ["train_gan.py"]), ("data", ["prepare.py", "--demo"]),
     ("base/seed0", ["study/run.py", "x", "--prepare", "a", "--base", "base", "--seeds", 0, "--rows",
-                    "real", "--inception", "random", "--epochs", 1, "--deeplab"]),
+                    "real", "--inception", "random", "--epochs", 1, "--deeplab", "--random-crops"]),
     ("data/new", ["refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "data/new"]),
     ("new", ["refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "new", "--images",
              "data/real/test/images"])])

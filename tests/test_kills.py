@@ -164,13 +164,18 @@ def test_a_trained_network_is_not_trained_again_but_a_changed_one_is(fresh):
         record = json.loads((fresh / "results/segment_unet.json").read_text())
         return out.count("trained before, not again"), record
 
+    def weights_of(row):
+        path = fresh / f"results/weights/unet_{row}_seed0.pt"
+        return path, torch.load(path, weights_only=True)
+
     first = run()[1]["scores"]
+    older, state = weights_of("synthetic")
+    assert state["settings"].pop("random_crops") is False          # older files have none
+    torch.save(state, older)
     again, record = run()
     assert again == 2 and str(record["scores"]) == str(first)           # nan equals nan as text
-    (fresh / "results/weights/unet_real_seed0.pt").unlink()
-    older = fresh / "results/weights/unet_synthetic_seed0.pt"      # which began with other weights
-    state = torch.load(older, weights_only=True)
-    state["settings"]["start"] = "?"
+    weights_of("real")[0].unlink()
+    state["settings"]["start"] = "?"                               # it began with other weights
     torch.save(state, older)
     again, record = run()
     assert again == 0 and str(record["scores"]) == str(first)           # the same seed and network
@@ -178,6 +183,11 @@ def test_a_trained_network_is_not_trained_again_but_a_changed_one_is(fresh):
     for flag in (["--epochs", 2], ["--lr", 0.01], ["--batch-size", 3], ["--precision", "bfloat16"]):
         flags += flag
         assert run(*flags)[0] == 0
+    whole = weights_of("real")[1]["weights"]
+    flags.append("--random-crops")
+    assert run(*flags)[0] == 0
+    assert not torch.equal(weights_of("real")[1]["weights"]["head.bias"], whole["head.bias"])
+    assert ", random crops, seeds 0\n" in (fresh / "results/segment_unet.md").read_text()
     noise(0, (24, 48)).save(next((fresh / "data/real/train/images").iterdir()))
     assert run(*flags)[0] == 1
     one, two, *_ = (fresh / "data/synthetic/train/labels").iterdir()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from models import fid, kid, leave_out, ssim
-from segment import confusion, predict, scores, train
+from segment import confusion, predict, random_parts, scores, train
 from study.bench import direct_ssim, sqrtm_fid
 from support.cli import UserError
 
@@ -147,7 +147,8 @@ def test_an_all_void_batch_harms_nothing(monkeypatch):
     of_losses, honest, device = set(), F.cross_entropy, torch.device("cpu")
     monkeypatch.setattr(F, "cross_entropy", lambda logits, *labels, **how: (
         of_losses.add(logits.dtype), honest(logits, *labels, **how))[1])
-    args = argparse.Namespace(batch_size=2, lr=0.1, epochs=2, precision="bfloat16")
+    args = argparse.Namespace(batch_size=2, lr=0.1, epochs=2, precision="bfloat16",
+                              random_crops=False)
     images, dtypes = torch.randint(0, 256, (4, 3, 32, 40), dtype=torch.uint8), set()
     for void, changed in ((slice(None), False), (slice(0, 2), True)):
         labels = torch.full((4, 32, 40), 3, dtype=torch.uint8)
@@ -162,3 +163,23 @@ def test_an_all_void_batch_harms_nothing(monkeypatch):
     args.lr, args.precision = torch.inf, "float32"
     with pytest.raises(UserError, match="a test: the loss is nan; try a smaller --lr"):
         train(net, images, labels, args, device, "a test")
+
+
+def test_a_random_part_of_an_image_is_that_of_its_label():
+    """Every pixel holds its row and its column, as does the label: parts of a quarter to all of the
+    area, in the image's proportions, others for every image."""
+    rows, columns = torch.meshgrid(torch.arange(40), torch.arange(80), indexing="ij")
+    x = torch.stack([rows, columns, columns]).to(torch.uint8).expand(200, 3, 40, 80)
+    y = torch.where(columns < 60, columns, 255).to(torch.uint8).expand(200, 40, 80)
+    torch.manual_seed(0)
+    parts, labels = random_parts(x, y)
+    assert parts.shape == x.shape and labels.shape == y.shape and parts.dtype == labels.dtype
+    shift = (parts[:, 1].float() - labels.float())[labels != 255]
+    assert shift.abs().max() <= 1 and shift.mean().abs() < 0.05      # not half a pixel aside
+    assert set(labels.unique().tolist()) == {*range(60), 255}
+    height = (parts[:, 0, -1, 0].int() - parts[:, 0, 0, 0] + 1) / 40
+    width = (parts[:, 1, 0, -1].int() - parts[:, 1, 0, 0] + 1) / 80
+    assert ((height - width).abs() < 0.06).all()
+    assert 0.4 < width.min() < 0.56 and 0.95 < width.max() and 0.6 < width.median() < 0.9
+    corners = {tuple(part[:2, 0, 0].tolist()) for part in parts}
+    assert len(corners) > 100

@@ -41,7 +41,7 @@ def numbers(scores, fid):
                              "ssim": {"value": 0.25}, "ssim_range1": {"value": 0.01}}}
             for row in scores if row != "real"}
     return {"settings": dict.fromkeys(["prepare", "pretrain", "gan", "precision"], ""), "segment": [
-        {"network": "unet", "epochs": 30, "tested": tested}],
+        {"network": "unet", "epochs": 30, "random_crops": False, "tested": tested}],
             "table2": {"label": "FID", "n": 6, "rows": rows}}
 
 
@@ -104,15 +104,22 @@ def test_a_low_fid_and_a_high_score_are_compared_by_rank(record):
         assert len(report.rank_agreement(record, some, "mIoU")) == seeds
 
 
-def test_the_first_claim_is_made_for_every_number_of_epochs(record):
-    """Here of trainings of which ours gains 0.04 and 0.075."""
-    for some in record["seeds"].values():
+def test_the_first_claim_is_made_for_every_kind_of_training(record):
+    """Here of trainings of which ours gains 0.04 and 0.075, one of them of one seed."""
+    for some, crops in zip(record["seeds"].values(), ([False, True], [False])):
         (entry,) = some["segment"]
-        tested = {**entry["tested"], "ours": entry["tested"]["other"]}
-        some["segment"].append({"network": "unet", "epochs": 8, "tested": tested})
-    claims = [row for row in report.text_of(record).splitlines() if "than on synthetic" in row]
-    assert [", after 8" in row for row in claims] == [False, True]
+        for epochs, crop in zip((8, 30), crops):
+            tested = {**entry["tested"], "ours": entry["tested"]["other"]}
+            some["segment"].append({**entry, "epochs": epochs, "random_crops": crop,
+                                    "tested": tested})
+    text = report.text_of(record)
+    claims = [row for row in text.splitlines() if "better than on synthetic" in row]
+    assert [row.split("ones")[1].split(" | ")[0] for row in claims] == [
+        "", ", after 8 epochs", ", after 30 epochs with random crops"]
     assert " | cannot tell: +0.062 [" in claims[0] and " | cannot tell: +0.058 [" in claims[1]
+    assert " | one seed: +0.040 | " in claims[2]
+    assert "| ours, 8 epochs | 0, 1 | 0.158 ± 0.025 / 27.2 ± 3.7 | 0.163 ± 0.018 / 28.0" in text
+    assert "| ours, 30 epochs with random crops | 0 | 0.140 / 24.6 | 0.150 / 26.1 |" in text
 
 
 def test_a_lower_fid_and_a_higher_ssim_are_claimed(record):
@@ -199,15 +206,17 @@ def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
     assert checkpoints["as-printed"] == "gan.pt" and checkpoints["ours"] == "average.pt"
     for row in ("pretrained", "rule"):
         assert found["refine"][row].checkpoint.parent.name == "ours"
-    asked = [f"{flags.network} {flags.epochs}" for flags in found["segment"]]
-    assert asked == ["unet 30", "unet 8", "deeplabv3plus 30"]
+    asked = [(flags.network, flags.epochs, flags.random_crops) for flags in found["segment"]]
+    assert asked == [("unet", 30, False), ("unet", 8, False), ("unet", 30, True),
+                     ("deeplabv3plus", 30, False)]
     assert len({(flags.out, flags.network) for flags in found["segment"]}) == len(asked)
     rows = [row for row in run.ROWS if row != "pretrained"]
     assert [flags.train for flags in found["segment"]] == [
-        *[rows] * (len(asked) - 1), ["synthetic", "simgan", "ours", "real"]]
+        rows, rows, ["synthetic", "ours"], ["synthetic", "simgan", "ours", "real"]]
     study.args.rows = ["l1", "ours"]                            # no other row is trained on
     assert run.segmentations(study.args) == [
-        *[("unet", epochs, ["l1", "ours"]) for epochs in (30, 8)], ("deeplabv3plus", 30, ["ours"])]
+        ("unet", 30, ["l1", "ours"], []), ("unet", 8, ["l1", "ours"], []),
+        ("unet", 30, ["ours"], ["--random-crops"]), ("deeplabv3plus", 30, ["ours"], [])]
     assert study.args.seeds == [0, 1, 2] and {r for _, *two in report.CLAIMS for r in two} <= set(
         run.ROWS)
     assert (study.base / f"seed{seed}/data/real/train").is_dir()
@@ -230,7 +239,7 @@ def test_what_is_finished_is_not_run_again(study, monkeypatch):
     assert [command[0] for command in run_seed(study, 0)] == ["segment.py"] * 2
     monkeypatch.setitem(run.ROWS, "as-printed", {**run.ROWS["as-printed"], "gan": "--rec l2"})
     assert [command[0] for command in run_seed(study, 0)] == [          # one row, not the last
-        "train_gan.py", "refine.py", "evaluate.py", *["segment.py"] * 3]
+        "train_gan.py", "refine.py", "evaluate.py", *["segment.py"] * 4]
     assert run_seed(study, 0, "prepared anew")[0][:2] == ["-m", "study.colour"]
 
 
@@ -271,7 +280,7 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
         "--crop none --size 24 48 --test 3 --workers 1\" --inception random --seeds 0 "
         "--rows synthetic real colour ours "
         "--pretrain '--steps 2 --d-steps 2' --gan '--steps 4 --batch-size 2 --sample-every 2' "
-        "--epochs 1 --deeplab --results .")
+        "--epochs 1 --deeplab --random-crops --results .")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "run", as_user)
     monkeypatch.setattr("sys.argv", ["run.py", *flags])
