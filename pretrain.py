@@ -22,7 +22,7 @@ import torch
 
 from models import REAL, REFINED, Discriminator, Refiner, load_inception, patch_loss
 from prepare import check_domains, load_images
-from support.cli import announce, lock, parser, positive, start
+from support.cli import UserError, announce, lock, parser, positive, start
 from support.figures import save_grid
 from support.training import (Batches, Training, add_inception_flag, add_training_flags, autocast,
                               keep_on, make_optimizer, pick_device, place, precision_note,
@@ -77,8 +77,7 @@ def arguments():
     p.add_argument("--d-steps", type=positive(int), default=400, help="(paper) steps of D")
     p.add_argument("--lr", type=positive(float), default=1e-4, help="(paper) of R")
     p.add_argument("--d-lr", type=positive(float), default=1e-3, help="(paper) of D")
-    p.add_argument("--layer", default="Conv2d_4a_3x3", help="psi_j of Eq 5, ours only; "
-                   "from Mixed_6a on for images of 75 x 75 or more")
+    p.add_argument("--layer", default="Conv2d_4a_3x3", help="psi_j of Eq 5, ours only")
     add_inception_flag(p)
     p.add_argument("--final-relu", action="store_true", help="the last ReLU of Table 1")
     p.add_argument("--d-stride", type=positive(int), default=3,
@@ -143,6 +142,11 @@ def main():
         # Images and seed are for --inception random alone.
         psi = load_inception(args.inception, args.layer, images=real, seed=args.seed)
         psi = place(psi, device)
+        try:
+            psi(to_float(real[:1]).to(device))
+        except RuntimeError:
+            raise UserError(f"--layer {args.layer}: the images are too small for it; give an "
+                            "earlier one") from None
     torch.manual_seed(args.seed)
     R = place(Refiner(), device, learning=True)
     D = place(Discriminator(args.final_relu, args.d_stride), device, learning=True)

@@ -49,8 +49,8 @@ def arguments():
     args = p.parse_args()
     if (args.images or args.checkpoint) and not args.out:
         p.error("--images and --checkpoint want --out, a folder for what is refined")
-    if args.size and (not args.images or min(args.size) < 4):
-        p.error("--size goes with --images and is 4 x 4 at least")
+    if args.size and (not args.images or min(args.size) < 4 or max(args.size) > 4096):
+        p.error("--size goes with --images and is from 4 x 4 to 4096 x 4096")
     args.checkpoint = args.checkpoint or Path("runs") / args.method / "average.pt"
     args.out = args.out or Path(os.path.normpath(args.data / ".." / args.method))
     return args
@@ -134,13 +134,6 @@ def refine_tiles(R, picture, device):
     return refined[0].permute(1, 2, 0).numpy()
 
 
-def refine_picture(R, picture, size, device):
-    """R of a PIL image, of the same size; refined at `size` (H, W), if given."""
-    small = picture.resize(size[::-1], Image.BILINEAR) if size else picture
-    refined = Image.fromarray(refine_tiles(R, np.array(small), device))
-    return refined.resize(picture.size, Image.BICUBIC) if size else refined
-
-
 def refine_pictures(R, args, record, device):
     """Refine --images one by one; those that are there from an earlier run are not done again."""
     file_of, others = refined_names(args.images, args.out)
@@ -148,10 +141,12 @@ def refine_pictures(R, args, record, device):
     write_json(args.out / "refine.json", record)
     skipped = 0
     for target, file in progress(file_of.items(), desc="refine", unit="picture"):
-        # It has the time of this very file, as exactly as any file system keeps it (2 s).
-        if target.exists() and abs(target.stat().st_mtime - file.stat().st_mtime) < 2:
-            continue
         try:
+            if len(f"{target.name}.tmp".encode()) > 255:
+                raise ValueError("its name is too long for a file system")
+            # It has the time of this very file, as exactly as any file system keeps it (2 s).
+            if target.exists() and abs(target.stat().st_mtime - file.stat().st_mtime) < 2:
+                continue
             picture = read_rgb(file)
             if min(picture.size) < 4 and not args.size:
                 raise ValueError("is smaller than 4 x 4 pixels")
@@ -159,7 +154,9 @@ def refine_pictures(R, args, record, device):
             skipped += 1
             print(f"skipped {file}: {error}")
             continue
-        write_png(target, refine_picture(R, picture, args.size, device))
+        small = picture.resize(args.size[::-1], Image.BILINEAR) if args.size else picture
+        refined = Image.fromarray(refine_tiles(R, np.array(small), device))
+        write_png(target, refined.resize(picture.size, Image.BICUBIC))
         os.utime(target, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
     print(f"done: {len(file_of) - skipped} pictures in {args.out}/; {skipped} skipped; files not "
           f"read: {by_ending(others)}")

@@ -82,7 +82,7 @@ def scores(matrix):
 
 def random_parts(x, y):
     """A random part of every image and of its label, a quarter of it or more, at the size of the
-    whole: uint8 [n, 3, H, W] and [n, H, W] to the same."""
+    whole: uint8 [n, 3, H, W] and integers [n, H, W] to the same."""
     height, width = x.shape[-2:]
     images, labels = [], []
     for image, label in zip(x, y[:, None]):
@@ -225,7 +225,7 @@ def report(network, by_seed, rows, columns, count, args):
     print(text)
 
 
-def colour(labels, table):
+def paint(labels, table):
     """Label maps [N, H, W] in the colours of their classes, uint8 [N, 3, H, W]."""
     return torch.from_numpy(palette_of(table)[labels.numpy()]).permute(0, 3, 1, 2)
 
@@ -237,11 +237,11 @@ def draw_table7(path, data, pictures, table):
     images, labels = data["real", "test"]
     kinds = [len(label[label != IGNORE].unique()) for label in labels]
     shown = sorted(range(len(kinds)), key=lambda i: -kinds[i])[:3]
-    rows = {"real test image": images[shown], "ground truth": colour(labels[shown], table)}
+    rows = {"real test image": images[shown], "ground truth": paint(labels[shown], table)}
     for domain in next(iter(pictures.values())):
         rows[f"{domain}: a training image"] = data[domain, "train"][0][:len(shown)]
         for network, predicted in pictures.items():
-            rows[f"{domain}: {NETWORKS[network]}"] = colour(predicted[domain][shown], table)
+            rows[f"{domain}: {NETWORKS[network]}"] = paint(predicted[domain][shown], table)
     save_grid(path, rows)
 
 

@@ -7,10 +7,12 @@ Reads   data/SOURCE/{train,test}/{images,labels}, data/real/train/images
 Writes  the same names and labels, other images, into --out, as refine.py does with an R
 
     python -m study.colour                    data/synthetic -> data/colour
-    python -m study.colour --source ours      data/ours -> data/ours-colour: what R has left undone
+    python -m study.colour --source ours      data/ours -> data/ours-colour: what R has left
 """
 import os
 from pathlib import Path
+
+import torch
 
 from prepare import load_images
 from refine import check_out, refine_domain
@@ -18,11 +20,14 @@ from support.cli import parser, path_of, start
 from support.training import to_float
 
 
-def match(source, real):
-    """The function that gives `source` the colours of `real`; both float [N, 3, H, W]."""
-    scale = real.std((0, 2, 3)) / source.std((0, 2, 3))
-    shift = real.mean((0, 2, 3)) - source.mean((0, 2, 3)) * scale
-    return lambda x: x * scale.view(3, 1, 1) + shift.view(3, 1, 1)
+def statistics(images):
+    """Mean and standard deviation of every channel of uint8 [N, 3, H, W], in the [-1, 1] range:
+    [3, 1, 1] each."""
+    counts = torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(3)])
+    shares, values = counts / images[:, 0].numel(), to_float(torch.arange(256))
+    mean = shares @ values
+    variance = (shares * (values - mean[:, None]).square()).sum(1)
+    return mean.view(3, 1, 1), variance.sqrt().clamp(min=1e-6).view(3, 1, 1)   # 0: all are alike
 
 
 def arguments():
@@ -43,8 +48,9 @@ def main():
     print(f"study.colour: reads {args.data}/ and {real}/; writes {args.out}/", flush=True)
     record = {"checkpoint": "study.colour", "step": 0, "source": os.path.abspath(args.data)}
     check_out(args, record)
-    function = match(*[to_float(load_images(folder / "train")) for folder in (args.data, real)])
-    refine_domain(function, args, record, "cpu")
+    old_mean, old_deviation = statistics(load_images(args.data / "train"))
+    mean, deviation = statistics(load_images(real / "train"))
+    refine_domain(lambda x: (x - old_mean) / old_deviation * deviation + mean, args, record, "cpu")
 
 
 if __name__ == "__main__":

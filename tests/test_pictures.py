@@ -51,6 +51,7 @@ def pictures(tmp_path_factory):
     exif[0x0112] = 6
     noise(5, (20, 40)).save(cwd / "own/upright.jpg", exif=exif)
     (cwd / "own/broken.png").write_bytes(b"no picture")
+    noise(8, (9, 9)).save(cwd / f"own/{'n' * 249}.jpg")
     (cwd / "own/damaged.dds").write_bytes(b"DDS " + bytes([124]) + bytes(123))
     noise(6, (3, 9)).save(cwd / "own/tiny.png"), noise(7, (4, 9)).save(cwd / "own/small.png")
     (cwd / "own/notes.txt").write_text("x"), os.mkfifo(cwd / "own/pipe.png")
@@ -75,8 +76,8 @@ def test_a_folder_of_pictures(pictures):
         assert np.array_equal(np.array(Image.open(pictures / "new" / name)), wanted), name
     assert Image.open(pictures / "new/upright.png").size == (20, 40)          # turned
     for words in ("broken.png: cannot identify", "tiny.png: is smaller than 4 x 4",
-                  "pipe.png: a broken link, or no file", "6 pictures", "4 skipped",
-                  "damaged.dds: Unknown pixel format",
+                  "pipe.png: a broken link, or no file", "6 pictures", "5 skipped",
+                  "damaged.dds: Unknown pixel format", "nn.jpg: its name is too long",
                   "files not read: 1 .txt"):
         assert words in out
     before = {p: p.stat().st_ctime_ns for p in (pictures / "new").rglob("*.png")}
