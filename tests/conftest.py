@@ -186,12 +186,10 @@ def on_a_cpu(request, monkeypatch):
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory):
     """Tiny raw data in the official layouts: raw/gtav (12 frames), raw/cityscapes (9 + 4, dark)."""
-    root, colours = tmp_path_factory.mktemp("raw"), np.random.default_rng(0).integers(0, 256, 768)
+    root = tmp_path_factory.mktemp("raw")
     for i in range(1, 13):
-        label = blocks(i)
-        label.putpalette(colours.tolist())                               # which mean nothing
         save(root / f"gtav/images/{i:05d}.png", noise(i))
-        save(root / f"gtav/labels/{i:05d}.png", label)
+        save(root / f"gtav/labels/{i:05d}.png", blocks(i))
     for folder, count in (("train/aachen", 9), ("val/lindau", 4)):
         for i in range(count):
             name = f"{folder}/{folder.split('/')[1]}_{i:06d}_000019"
