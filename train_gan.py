@@ -1,7 +1,7 @@
 """Stage 3: adversarial training of the refiner R against the discriminator D (section 3.3).
 
     repeat  twice:  a step of R down L_R = alpha L_adv + beta L_rec                  (Eq 2), D fixed
-            once:   a step of D down L_D, half of the refined images from a history  (Eq 1), R fixed
+            once:   a step of D down L_D, half of the refined images from a history  (Eq 1, mended)
 
 Reads   data/{synthetic,real}, runs/METHOD/pretrain.pt (METHOD: ours or simgan)
 Writes  runs/METHOD/average.pt  R averaged over the last steps: what refine.py takes
@@ -11,10 +11,10 @@ Writes  runs/METHOD/average.pt  R averaged over the last steps: what refine.py t
         runs/METHOD/curves.png  Figure 1;  runs/METHOD/samples/step_NNNNNN.png
 
     python train_gan.py --alpha 50 --beta 4e-6      the paper's weights, 5000 steps
-    python train_gan.py --rec l1                    L_rec as the paper prints it
+    python train_gan.py --rec l2                    L_rec by squares, not by L1
     python train_gan.py --method simgan             the baseline, same losses
     python train_gan.py --resume                    go on after a stop, with the same flags
-    python train_gan.py --resume --steps 8000       go further, with a run of 2000 steps or more
+    python train_gan.py --resume --steps 8000       go further, after 2000 steps or more
 
 A step of batch 4 takes 2 s at 80 x 160 on two cores; the time is linear in images and pixels.
 """
@@ -96,17 +96,17 @@ class BestStep:
 # --------------------------------------------------------------- the two updates, section 3.3
 
 
-def update_R(R, D, optimizer, x, alpha, beta, rec_batch, rec="l2"):
+def update_R(R, D, optimizer, x, alpha, beta, rec_batch, rec="l1"):
     """One step of R on L_R with D fixed; x: synthetic images in [-1, 1], [N, 3, H, W].
 
-    rec: "l1" as in Eq 4, or "l2", squares. Returns L_adv, L_rec and mean |R(x) - x|.
+    rec: "l1", Eq 4, or "l2", squares. Returns L_adv, L_rec and mean |R(x) - x|.
     """
     D.requires_grad_(False)
     refined = R(x)                                              # x' = R(x)
     loss_adv = patch_loss(D(refined), REAL)                     # Eq 3: -log(1 - D(x')), "real"
     change = (refined - x).abs().mean()
     distance = change if rec == "l1" else (refined - x).square().mean()
-    loss_rec = rec_batch * VALUES * distance                    # Eq 4 (l1), over rec_batch images
+    loss_rec = rec_batch * VALUES * distance                    # Eq 4, over rec_batch images
     loss_R = alpha * loss_adv + beta * loss_rec                 # Eq 2
     optimizer.zero_grad()
     loss_R.backward()
@@ -192,8 +192,8 @@ def arguments():
                    help="L_rec is scaled to the sum over so many images, whatever the batch size")
     p.add_argument("--average", type=positive(int), help="steps over which R's weights are "
                    "averaged for average.pt (default: a fifth of --steps, at most 200)")
-    p.add_argument("--rec", choices=["l1", "l2"], default="l2",
-                   help="L_rec: squares, or L1 as printed")
+    p.add_argument("--rec", choices=["l1", "l2"], default="l1",
+                   help="(paper) L_rec: L1, or squares")
     p.add_argument("--d-optimizer", choices=OPTIMIZERS, default="momentum", help="of D")
     p.add_argument("--save-every", type=positive(int), default=500, help="steps")
     p.add_argument("--sample-every", type=positive(int), default=100,
@@ -215,9 +215,15 @@ def load_checkpoints(args):
     if not pretrained["finished"]:
         raise UserError(f"{args.run / 'pretrain.pt'}: stopped at step {pretrained['step']}; "
                         "finish it with pretrain.py --resume")
-    # A run that looks for its best step from WARM_UP on may be taken further.
-    if saved and int(saved["settings"]["steps"]) >= 2 * WARM_UP:
-        if args.steps >= max(2 * WARM_UP, saved["step"]):
+    method = pretrained["settings"]["method"]
+    if method != args.method:
+        raise UserError(f"{args.run / 'pretrain.pt'}: is of --method {method}, not {args.method}; "
+                        "give that one, or another --run")
+    # A run may be taken further if the longer one looks for its best step at the same steps.
+    if saved:
+        old = int(saved["settings"]["steps"])
+        looks_alike = old >= 2 * WARM_UP and old % args.sample_every == 0
+        if looks_alike and args.steps >= max(2 * WARM_UP, saved["step"]):
             saved["settings"]["steps"] = str(args.steps)
     return saved, pretrained
 
@@ -254,7 +260,7 @@ def train(R, D, synthetic, real, pairs, args, device, settings, saved):
                                lambda: save_refiners(R, average, best, training, args.run)):
         with autocast(device, args.precision):
             # Twice R, with D fixed:  min over theta of  L_R = alpha L_adv + beta L_rec   (Eq 2)
-            #     L_adv = -log(1 - D(x'))   (Eq 3),   L_rec = |x' - x|^2   (Eq 4: L1),   x' = R(x)
+            #     L_adv = -log(1 - D(x'))   (Eq 3),   L_rec = |x' - x|   (Eq 4),   x' = R(x)
             for _ in range(2):
                 x = batches.draw(synthetic, n)
                 values_R = update_R(R, D, optimizer_R, x, args.alpha, args.beta, args.rec_batch,

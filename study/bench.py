@@ -123,7 +123,7 @@ def straightforward_step(size, n, device):
         for _ in range(2):
             refined = R(x)
             descend(optimizer_R, 50 * patch_loss(D(refined), REAL)
-                    + 78.6 * (refined - x).square().mean())
+                    + 78.6 * (refined - x).abs().mean())
         new = R(x[n // 2:])
         old = torch.stack([history[i] for i in torch.randint(len(history), (n // 2,))])
         descend(optimizer_D, patch_loss(D(torch.cat([new, old])), REFINED)
@@ -308,8 +308,8 @@ def arguments():
     p.add_argument("--repeats", type=positive(int), default=5, help="of which the median is shown")
     p.add_argument("--out", type=path_of, help="write the table to this file, as Markdown")
     args = p.parse_args()
-    if args.batch_size < 2:
-        p.error("--batch-size 1: half of a batch comes from the history, so two at least")
+    if args.batch_size < 2 or min(args.size) < 24:
+        p.error("--batch-size is 2 at least, for the history, and --size 24 x 24")
     return args
 
 

@@ -34,21 +34,20 @@ GIVEN = ["synthetic", "real"]                                # made by prepare.p
 # to those of pretrain.py, train_gan.py. "method": simgan, if not ours. "checkpoint": what refine.py
 # takes, if not average.pt; "of": of that row's training, which is not done again; "as": the row
 # whose pre-training it shares. "filter": images made by that module, of those of the row "of",
-# if any. "segment": False, if no network is trained on the row.
+# if any. "segment": False, if no network is trained on the row. "Squares": L_rec by squares.
 ROWS = {
     "synthetic": {},
     "real": {},
     "colour": {"filter": "study.colour"},                    # no R: the channels matched to real
     "simgan": {"method": "simgan"},                          # R pre-trained by L1
     "ours": {},
-    "ours-colour": {"of": "ours", "filter": "study.colour"},     # R, then matched
     "rule": {"of": "ours", "checkpoint": "gan.pt"},          # of the paper's best step
     "pretrained": {"of": "ours", "checkpoint": "pretrain.pt", "segment": False},
-    "l1": {"as": "ours", "gan": "--rec l1"},         # Eq 4 as printed
-    "l1-rule": {"of": "l1", "checkpoint": "gan.pt"},
-    "as-printed": {"pretrain": "--final-relu", "gan": "--rec l1", "checkpoint": "gan.pt"},
-    "finer-d": {"pretrain": "--d-stride 1"},                 # patches of 20 x 20, not 50 x 50
-    "finer-rule": {"of": "finer-d", "checkpoint": "gan.pt"},
+    "as-printed": {"pretrain": "--final-relu", "checkpoint": "gan.pt"},       # to the letter
+    "squares": {"as": "ours", "gan": "--rec l2"},
+    "squares-rule": {"of": "squares", "checkpoint": "gan.pt"},
+    "squares-colour": {"of": "squares", "filter": "study.colour"},            # R, then matched
+    "squares-finer": {"pretrain": "--d-stride 1", "gan": "--rec l2"},    # D's patches: 20 x 20
 }
 TABLE2 = ["label", "n", "weights_sha256", "device", "versions", "rows"]
 CHECKPOINTS = {"pretrain.py": "pretrain.pt", "train_gan.py": "last.pt"}    # to --resume from

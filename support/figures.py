@@ -50,7 +50,7 @@ def draw_curves(axes, rows, window, best):
             window = min(window, len(values))
             mean = np.convolve(values, np.ones(window) / window, mode="valid")
             axis.plot(steps[window - 1:], mean)
-        axis.axvline(best, color="C3", linestyle="--", label=f"chosen step {best}")
+        axis.axvline(best, color="C3", linestyle="--", label=f"the paper's rule: step {best}")
         axis.legend()
         axis.set(title=title, xlabel="step")
 

@@ -56,7 +56,9 @@ def descend(optimiser, loss):
 def pretrain(synthetic, real, seed=0, method="ours", layer="Conv2d_4a_3x3", steps=1200,
              d_steps=400, batch_size=16, lr=1e-4, d_lr=1e-3, final_relu=False, d_stride=3):
     """R learns to change nothing, D to tell x from y. Returns R, D and the log."""
-    psi = load_inception("random", layer, real, seed) if method == "ours" else None
+    psi = None
+    if method == "ours":
+        psi = load_inception("random", layer, real, seed)        # random for tests only
     torch.manual_seed(seed)
     R = Refiner().to(memory_format=LAYOUT)
     D = Discriminator(final_relu, d_stride).to(memory_format=LAYOUT)
@@ -79,13 +81,13 @@ def pretrain(synthetic, real, seed=0, method="ours", layer="Conv2d_4a_3x3", step
 
 
 def train(R, D, synthetic, real, seed=0, steps=5000, batch_size=16, lr=1e-4, d_lr=1e-3, alpha=50,
-          beta=4e-6, rec="l2", rec_batch=512, history=100, average=200,
+          beta=4e-6, rec="l1", rec_batch=512, history=100, average=200,
           d_optimizer="momentum", sample_every=100):
     """Twice R, once D, and so on. Returns the log, R averaged, the best step and its R."""
     of_R, of_D = optimiser("sgd", R, lr), optimiser(d_optimizer, D, d_lr)
     random = torch.Generator().manual_seed(seed)
-    room, n_old = history * batch_size, batch_size // 2 if history else 0
-    past = list(as_images(R(draw(synthetic, batch_size, random))))[:room]
+    capacity, n_old = history * batch_size, batch_size // 2 if history else 0
+    past = list(as_images(R(draw(synthetic, batch_size, random))))[:capacity]
     mean = {name: weight.clone() for name, weight in R.state_dict().items()}
     log, good, highest = [], [], -torch.inf
     for step in range(1, steps + 1):
@@ -103,7 +105,7 @@ def train(R, D, synthetic, real, seed=0, steps=5000, batch_size=16, lr=1e-4, d_l
         loss_refined, right_refined = judge(D(as_input(torch.stack(new + old))), REFINED)
         loss_real, right_real = judge(D(y), REAL)
         descend(of_D, loss_refined + loss_real)                          # Eq 1, mended
-        free = room - len(past)
+        free = capacity - len(past)
         past += new[:free]
         if len(new) > free:
             for place, image in zip(torch.randperm(len(past), generator=random), new[free:]):
@@ -136,11 +138,3 @@ def train_unet(images, labels, seed=0, epochs=30, batch_size=16, lr=1e-3):
             descend(adam, F.cross_entropy(net(as_input(x)), y.long(), ignore_index=255))
             cosine.step()
     return net.eval()
-
-
-def confusion(net, images, labels):
-    """How many pixels of a class (row) are taken for which (column); void ones do not count."""
-    matrix, predicted = torch.zeros(19, 19, dtype=int), net(as_input(images)).argmax(1)
-    for truth, guess in zip(labels[labels != 255].tolist(), predicted[labels != 255].tolist()):
-        matrix[truth, guess] += 1
-    return matrix.tolist()

@@ -202,7 +202,9 @@ def test_resume_refuses_another_pre_training_and_other_images(fresh, monkeypatch
     before = (fresh / "runs/ours/last.pt").read_bytes()
     pretrained = fresh / "runs/ours/pretrain.pt"
     kept = pretrained.read_bytes()
-    shutil.copy(fresh / "runs/simgan/pretrain.pt", pretrained)
+    other = torch.load(fresh / "runs/simgan/pretrain.pt", weights_only=True)
+    other["settings"]["method"] = "ours"
+    torch.save(other, pretrained)
     _, err = call("train_gan.py", *GAN, "--resume", cwd=fresh, status=2)
     assert "last.pt: was run with pretrain = " in err
     state = torch.load(fresh / "runs/ours/last.pt", weights_only=True)
@@ -219,17 +221,15 @@ def test_resume_refuses_another_pre_training_and_other_images(fresh, monkeypatch
     (fresh / "data").rename(fresh / "my data")
     moved = ["train_gan.py", *GAN, "--resume", "--data", "my data/"]
     call(*moved, cwd=fresh)
+    pretrain = ["pretrain.py", "--steps", 4, "--d-steps", 4, "--batch-size", 4, "--inception",
+                "random", "--resume", "--data", "my data"]
     for domain in ("synthetic", "real"):
         image = next((fresh / "my data" / domain / "train/images").iterdir())
         kept = image.read_bytes()
         noise(0, (24, 48)).save(image)
-        _, err = call(*moved, cwd=fresh, status=2)
-        assert "last.pt: was run with images = " in err
-        if domain == "synthetic":
-            image.write_bytes(kept)
-    _, err = call("pretrain.py", "--steps", 4, "--d-steps", 4, "--batch-size", 4, "--inception",
-                  "random", "--resume", "--data", "my data", cwd=fresh, status=2)
-    assert "pretrain.pt: was run with images = " in err
+        for command in (moved, pretrain):
+            assert ".pt: was run with images = " in call(*command, cwd=fresh, status=2)[1]
+        image.write_bytes(kept)
     assert (fresh / "runs/ours/last.pt").read_bytes() == before
 
 
@@ -247,6 +247,9 @@ def test_a_finished_run_goes_further_as_if_it_had_been_asked_for(fresh, monkeypa
     bar = capsys.readouterr().err                     # in a log: what it begins and ends with
     assert re.findall(r"(\d+)/10 \[", bar) == ["4", "10"] and ", loss_adv " in bar
     assert same_runs(fresh / "runs/ours", fresh / "runs/parts")
+    run_here(monkeypatch, fresh, "train_gan", [*flags, 5, "--run", "runs/parts", "--overwrite"])
+    with pytest.raises(UserError, match="was run with steps = 5, not 10"):     # 10 looks not at 5
+        run_here(monkeypatch, fresh, "train_gan", [*flags, 10, "--run", "runs/parts", "--resume"])
     with pytest.raises(UserError, match="was run with steps = 10, not 9"):
         run_here(monkeypatch, fresh, "train_gan", [*flags, 9, "--resume"])
     state = load_checkpoint(fresh / "runs/ours/last.pt", ["gan"], "")

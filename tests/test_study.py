@@ -41,7 +41,7 @@ def numbers(scores, fid):
                              "ssim": {"value": 0.25}, "ssim_range1": {"value": 0.01}}}
             for row in scores if row != "real"}
     return {"settings": dict.fromkeys(["prepare", "pretrain", "gan", "precision"], ""), "segment": [
-        {"network": "unet", "epochs": 30, "random_crops": False, "tested": tested}],
+        {"network": "unet", "epochs": 30, "tested": tested}],              # an older record's
             "table2": {"label": "FID", "n": 6, "rows": rows}}
 
 
@@ -75,28 +75,19 @@ def test_the_diagonal_is_counted_by_rows_and_columns(record):
 
 def test_one_seed_has_no_interval_and_what_is_missing_no_row(record):
     del record["seeds"]["1"]
-    record["seeds"]["0"]["segment"][0]["tested"]["synthetic"]["synthetic"][3][3] = 9    # no real
     text = report.text_of(record)
     assert "nan" not in text
     assert "on synthetic ones | one seed: +0.050 | one seed: +7.9 |" in text
-    record["rows"]["finer-d"] = {}                             # not trained yet
+    record["rows"]["squares"] = {}                             # not trained yet
     assert report.text_of(record) == text
-    del record["seeds"]["0"]["segment"][0]["tested"]["synthetic"]["synthetic"]
-    assert "of 3 classes |" in text and "of 19 classes |" in report.text_of(record)
     record["seeds"]["0"]["segment"] = []                       # before any segmentation
     assert "| ours | 0 | 10.0 |" in report.text_of(record)
     del record["rows"]["ours"], record["seeds"]["0"]["table2"]["rows"]["ours"]
     assert report.claims_table(record, {}).count("\n") == 1    # nothing to claim
 
 
-def test_a_low_fid_and_a_high_score_are_compared_by_rank(record):
-    """By hand: among ties ours is first in both; in seed 1 another row ties with it in mIoU."""
+def test_too_few_rows_and_equal_scores_have_no_rank(record):
     by_seed = report.tested_by_seed(record, "unet", 30)
-    assert report.rank_agreement(record, by_seed, "mIoU") == pytest.approx(
-        [5 / 40 ** 0.5, 3.75 / 37.5 ** 0.5])
-    (row,) = [row for row in report.claims_of(record, "unet", by_seed) if "gap" in row[0]]
-    assert row[1].startswith("cannot tell: +6") and row[1].endswith("] (paper: +10)")
-    assert row[2].endswith("] (paper: +46)")
     by_seed["0"] = {row: by_seed["0"][row] for row in ("synthetic", "ours")}        # too few
     assert len(report.rank_agreement(record, by_seed, "accuracy")) == 1
     for others, seeds in (("ours", 1), ("simgan", 0)):         # three rows; all of them equal
@@ -120,21 +111,6 @@ def test_the_first_claim_is_made_for_every_kind_of_training(record):
     assert " | one seed: +0.040 | " in claims[2]
     assert "| ours, 8 epochs | 0, 1 | 0.158 ± 0.025 / 27.2 ± 3.7 | 0.163 ± 0.018 / 28.0" in text
     assert "| ours, 30 epochs with random crops | 0 | 0.140 / 24.6 | 0.150 / 26.1 |" in text
-
-
-def test_a_lower_fid_and_a_higher_ssim_are_claimed(record):
-    """By hand; a number without R has no deviation, whatever the processor."""
-    first, second = record["seeds"].values()
-    for seed, fid in ((first, 10), (second, 10.2)):
-        scores = {row: found["scores"] for row, found in seed["table2"]["rows"].items()}
-        scores["synthetic"]["ssim"]["value"], scores["ours"]["kid"]["value"] = 0.1, 0.01
-        scores["ours"]["fid"]["value"] = fid
-    scores["synthetic"]["fid"]["value"] += 1e-4
-    text = report.text_of(record)
-    assert "| refining lowers FID | holds: -9.9 [-11.2, -8.6] |" in text
-    assert "| refining lowers KID x 1000 | holds: -10.0 [-10.0, -10.0] |" in text
-    assert "| refining raises SSIM (L = 255) | holds: +0.150 [0.150, 0.150]" in text
-    assert "| synthetic | 0, 1 | 20.0 | " in text and "| ours | 0, 1 | 10.1 ± 0.1 | " in text
 
 
 def test_seeds_whose_fid_is_of_other_images_are_not_averaged(record):
@@ -187,19 +163,22 @@ def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
         elif stage == "refine":
             found[stage][flags.out.name] = flags
         elif stage == "study.colour":
-            assert flags.source == {"colour": "synthetic", "ours-colour": "ours"}[flags.out.name]
+            assert flags.source == {"colour": "synthetic",
+                                    "squares-colour": "squares"}[flags.out.name]
             own = parsed(monkeypatch, stage, ["--data", str(flags.data), "--source", flags.source])
             assert own.out == flags.out                        # where it goes by default
         elif stage == "segment":
             assert flags.seeds == [seed] and flags.precision == "tf32"
             found[stage].append(flags)
-    trained = {"simgan", "ours", "l1", "as-printed", "finer-d"}
-    assert set(found["train_gan"]) == trained and set(found["pretrain"]) == trained - {"l1"}
-    assert trainings == 9 and (study.base / f"seed{seed}/runs/l1/pretrain.pt").is_file()   # ours'
-    assert set(found["refine"]) == trained | {"pretrained", "rule", "l1-rule", "finer-rule"}
-    assert found["pretrain"]["finer-d"].d_stride == 1 and found["pretrain"]["ours"].d_stride == 3
+    trained = {"simgan", "ours", "squares", "as-printed", "squares-finer"}
+    assert set(found["train_gan"]) == trained and set(found["pretrain"]) == trained - {"squares"}
+    assert trainings == 9 and (study.base / f"seed{seed}/runs/squares/pretrain.pt").is_file()
+    assert set(found["refine"]) == trained | {"pretrained", "rule", "squares-rule"}
+    assert {row: flags.d_stride for row, flags in found["pretrain"].items()} == {
+        "simgan": 3, "ours": 3, "as-printed": 3, "squares-finer": 1}
     assert found["pretrain"]["as-printed"].final_relu
-    assert found["train_gan"]["as-printed"].rec == "l1" and found["train_gan"]["ours"].rec == "l2"
+    assert {row for row, flags in found["train_gan"].items() if flags.rec == "l2"} == {
+        "squares", "squares-finer"}
     assert found["train_gan"]["ours"].steps == 9
     assert found["pretrain"]["simgan"].method == "simgan"
     checkpoints = {row: flags.checkpoint.name for row, flags in found["refine"].items()}
@@ -213,12 +192,12 @@ def test_every_command_is_one_that_the_stages_take(seed, study, monkeypatch):
     rows = [row for row in run.ROWS if row != "pretrained"]
     assert [flags.train for flags in found["segment"]] == [
         rows, rows, ["synthetic", "ours"], ["synthetic", "simgan", "ours", "real"]]
-    study.args.rows = ["l1", "ours"]                            # no other row is trained on
+    study.args.rows = ["rule", "ours"]                          # no other row is trained on
     assert run.segmentations(study.args) == [
-        ("unet", 30, ["l1", "ours"], []), ("unet", 8, ["l1", "ours"], []),
+        ("unet", 30, ["rule", "ours"], []), ("unet", 8, ["rule", "ours"], []),
         ("unet", 30, ["ours"], ["--random-crops"]), ("deeplabv3plus", 30, ["ours"], [])]
-    assert study.args.seeds == [0, 1, 2] and {r for _, *two in report.CLAIMS for r in two} <= set(
-        run.ROWS)
+    claimed = {row for _, *two in report.REFINED + report.CLAIMS for row in two}
+    assert study.args.seeds == [0, 1, 2] and claimed <= set(run.ROWS)
     assert (study.base / f"seed{seed}/data/real/train").is_dir()
 
 
@@ -234,7 +213,7 @@ def test_what_is_finished_is_not_run_again(study, monkeypatch):
     assert run_seed(study, 0) == []
     study.args.gan += " --alpha 10"
     assert {command[0] for command in run_seed(study, 0)} == {
-        "train_gan.py", "refine.py", "-m", "evaluate.py", "segment.py"}       # -m: ours-colour
+        "train_gan.py", "refine.py", "-m", "evaluate.py", "segment.py"}       # -m: squares-colour
     study.args.epochs, study.args.deeplab = [30, 5], ["ours"]
     assert [command[0] for command in run_seed(study, 0)] == ["segment.py"] * 2
     monkeypatch.setitem(run.ROWS, "as-printed", {**run.ROWS["as-printed"], "gan": "--rec l2"})
@@ -289,12 +268,9 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
                      "evaluate.py", "segment.py"]
     record = json.loads((tmp_path / "my study.json").read_text())
     numbers = record["seeds"]["0"]
-    assert set(numbers["table2"]["rows"]) >= {"synthetic", "colour", "ours"}
     assert numbers["table2"]["n"] == 3                         # of the smallest folder
     (entry,) = numbers["segment"]
     assert set(entry["tested"]) == {"synthetic", "real", "colour", "ours"}
-    assert record["epochs"] == 1 and record["name"] == "my study"
-    assert list(numbers["settings"]) == ["prepare", "pretrain", "gan", "precision"]
     assert list(numbers["table2"]) == ["label", "n", "weights_sha256", "device", "versions",
                                        "rows"]
     out, _ = call("study/report.py", "my study", "--results", ".", cwd=tmp_path)
