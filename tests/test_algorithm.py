@@ -195,7 +195,8 @@ def test_every_image_is_refined_under_its_name_with_its_label(refined, domain, c
     R = Refiner(**state["refiner_args"])
     R.load_state_dict(state["refiner"])
     wanted = plain.as_images(R(plain.as_input(load_images(before)))).int()
-    assert (load_images(after).int() - wanted).abs().max() <= 1, "not R of the synthetic image of that name"
+    found = load_images(after).int()
+    assert (found - wanted).abs().max() <= 1, "not R of the synthetic image of that name"
     assert torch.equal(load_labels(after), load_labels(before)), "not the label of its image"
 
 
@@ -502,8 +503,8 @@ def test_the_papers_values_are_the_defaults(script, same, papers, cwd, monkeypat
 
 
 def test_tables_3_to_6_show_the_papers_numbers(tmp_path):
-    """Bold, in their cells: "refined" is SimGAN's in SimGAN's row. Those of U-Net are in the study's
-    record, as it is printed."""
+    """Bold, in their cells: "refined" is SimGAN's in SimGAN's row. Those of U-Net are in the text
+    of the study's record."""
     tested = {seed: {a: {b: {"mIoU": i - j / 4 + seed, "accuracy": 9 * i + j + seed,
                              "IoU": [i + j] * 18 + [np.nan if seed < 0 else 0.5],
                              "classes": 18 + (seed > 0)} for j, b in enumerate(COLUMNS)}
@@ -513,7 +514,8 @@ def test_tables_3_to_6_show_the_papers_numbers(tmp_path):
     segment.report("deeplabv3plus", tested, COLUMNS, COLUMNS, 2, args)
     text = (tmp_path / "segment_deeplabv3plus.md").read_text()
     for line in ("| trained on \\ tested on | synthetic | simgan | ours | real |",
-                 "| synthetic | **0.000** (0.28) | -0.250 | **-0.500** (0.11) | **-0.750** (0.08) |",
+                 "| synthetic | **0.000** (0.28) | -0.250 | **-0.500** (0.11) | **-0.750** (0.08)"
+                 " |",
                  "| simgan | **1.000** (0.18) | **0.750** (0.23) | 0.500 | **0.250** (0.09) |",
                  "| ours | **2.000** (0.15) | 1.750 | **1.500** (0.31) | **1.250** (0.12) |",
                  "| real | **3.000** (0.12) | 2.750 | **2.500** (0.1) | **2.250** (0.42) |",
