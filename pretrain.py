@@ -22,7 +22,7 @@ import torch
 
 from models import REAL, REFINED, Discriminator, Refiner, load_inception, patch_loss
 from prepare import check_domains, load_images
-from support.cli import UserError, announce, lock, parser, positive, start
+from support.cli import announce, lock, parser, positive, start
 from support.figures import save_grid
 from support.training import (Batches, Training, add_inception_flag, add_training_flags, autocast,
                               keep_on, make_optimizer, pick_device, place, precision_note,
@@ -139,14 +139,9 @@ def main():
     # 2. The networks: psi of Eq 5, R and D.
     psi = None
     if args.method == "ours":
-        # Images and seed are for --inception random alone.
+        # The seed is for --inception random alone.
         psi = load_inception(args.inception, args.layer, images=real, seed=args.seed)
         psi = place(psi, device)
-        try:
-            psi(to_float(real[:1]).to(device))
-        except RuntimeError:
-            raise UserError(f"--layer {args.layer}: the images are too small for it; give an "
-                            "earlier one") from None
     torch.manual_seed(args.seed)
     R = place(Refiner(), device, learning=True)
     D = place(Discriminator(args.final_relu, args.d_stride), device, learning=True)

@@ -314,8 +314,7 @@ def text_of(record):
         parts += [f"## {NETWORKS[network]}, {record['epochs']} epochs", real_table(record, by_seed)]
         for metric, paper in PAPER[network].items():          # Tables 3 to 6, as segment.py's
             parts.append(matrix_table(metric, paper, by_seed, names, names).strip())
-        parts += [class_table(by_seed, names, TABLE).strip(),
-                  trainings_table(record, network)]
+        parts += [class_table(by_seed, names, TABLE).strip(), trainings_table(record, network)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -37,7 +37,8 @@ def load_inception(weights="imagenet", layer="pool3", images=None, seed=0):
     (uint8 [N, 3, H, W]); for demo and tests.
     layer: a name of torchvision's modules (Conv2d_4a_3x3 = Keras' fifth convolution,
     Mixed_6e, ...), or "pool3" for the 2048 numbers of FID.
-    Raises UserError when the download fails, the file does not fit or the layer is unknown.
+    Raises UserError when the download fails, the file does not fit, the layer is unknown or
+    `images` are too small for it.
     """
     with torch.random.fork_rng(devices=[]):                   # leave the random state alone
         torch.manual_seed(seed)
@@ -64,7 +65,14 @@ def load_inception(weights="imagenet", layer="pool3", images=None, seed=0):
     if layer == "pool3":
         part.append(nn.Flatten())
     part.is_pytorch_fid = is_pytorch_fid
-    return part.eval().requires_grad_(False)
+    part.eval().requires_grad_(False)
+    if layer != "pool3" and images is not None:          # pool3 sees 299 x 299 pixels
+        try:
+            part(to_float(images[:1]))
+        except RuntimeError:
+            raise UserError(f"--layer {layer}: the images are too small for it; give an earlier "
+                            "one") from None
+    return part
 
 
 def resize_299(images):

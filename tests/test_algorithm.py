@@ -164,6 +164,7 @@ def refined(tmp_path_factory):
             label = np.full((12, 16), serial % 19, np.uint8)
             label[2:5, 3:9] = IGNORE
             save_pair(cwd / "data/synthetic" / split, name, rgb, label)
+    torch.manual_seed(0)
     for method in ("ours", "simgan"):
         (cwd / "runs" / method).mkdir(parents=True)
         for stage in ("average", "gan", "pretrain"):
