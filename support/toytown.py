@@ -38,14 +38,6 @@ FACADES = ((196, 150, 112), (205, 186, 150), (176, 104, 82), (214, 205, 190), (1
 PAINTS = ((190, 40, 38), (215, 165, 50), (40, 80, 150), (225, 225, 228), (60, 62, 68),
           (150, 156, 162), (44, 46, 52), (50, 110, 86), (120, 50, 90))     # cars and clothes
 
-# The frames of cycles as thick lines (a0, y0, a1, y1, width, colour; None: the cycle's own colour)
-FRAMES = {
-    MOTORCYCLE: ((-0.8, 0.74, 0.1, 0.68, 0.2, BLACK), (-0.05, 0.78, 0.4, 0.8, 0.3, None),
-                 (-0.4, 0.42, 0.3, 0.42, 0.34, STEEL), (0.6, 0.3, 0.35, 1.05, 0.1, STEEL)),
-    BICYCLE: ((-0.55, 0.35, -0.2, 0.85, 0.08, None), (-0.55, 0.35, 0.0, 0.32, 0.08, None),
-              (0.0, 0.32, 0.42, 0.85, 0.08, None), (-0.2, 0.85, 0.42, 0.85, 0.08, None),
-              (0.55, 0.35, 0.4, 1.02, 0.08, None), (0.0, 0.32, -0.22, 0.98, 0.08, BLACK))}
-
 
 def pick(rng, options):
     """One of `options`, each as likely as the others."""
@@ -90,13 +82,6 @@ class Canvas:
         for pen, fill in zip(self.pens, (colour, label, light, depth)):
             if fill is not None:
                 pen.polygon(outline, fill=fill)
-
-    def ball(self, x, y, z, radius, colour, label, light):
-        """Paint a ball: a disc on the screen."""
-        scale = self.focal / z
-        u, v, r = self.u0 + scale * x, self.v0 + scale * (self.eye - y), scale * radius
-        for pen, fill in zip(self.pens, (colour, label, int(255 * light), min(255, int(z)))):
-            pen.ellipse((u - r, v - r, u + r, v + r), fill=fill)
 
     def patch(self, x0, x1, z0, z1, colour=None, label=None, light=None):
         """Paint a rectangle on the ground (the depth layer has the ground from the start)."""
@@ -144,13 +129,13 @@ class Canvas:
         """Two pens for a cut-out figure that stands at (x, z), turned by `turn` radians.
 
         bar(a0, y0, a1, y1, width, colour, label) paints a thick line, disc(a, y, radius, colour,
-        label) a round; a counts metres along the figure, y metres up.
+        label, light) a round; a counts metres along the figure, y metres up.
         """
         cos, sin = math.cos(turn), math.sin(turn)
 
-        def paint(points, colour, label):
+        def paint(points, colour, label, light=0.85):
             points = [(x + a * cos, y, z + a * sin) for a, y in points]
-            self.polygon(points, colour, label, 0.85, z)
+            self.polygon(points, colour, label, light, z)
 
         def bar(a0, y0, a1, y1, width, colour, label):
             scale = width / 2 / math.hypot(a1 - a0, y1 - y0)
@@ -158,9 +143,9 @@ class Canvas:
             paint(((a0 - da, y0 - dy), (a0 + da, y0 + dy), (a1 + da, y1 + dy),
                    (a1 - da, y1 - dy)), colour, label)
 
-        def disc(a, y, radius, colour, label):
+        def disc(a, y, radius, colour, label, light=0.85):
             paint([(a + radius * math.cos(t / 2), y + radius * math.sin(t / 2))
-                   for t in range(13)], colour, label)
+                   for t in range(13)], colour, label, light)
 
         return bar, disc
 
@@ -184,71 +169,40 @@ def pave(canvas, rng, street):
         canvas.patch(x - 0.06, x + 0.06, NEAR, FAR, WHITE)
     for z in np.arange(rng.uniform(NEAR, 5), FAR, 7):         # dashes between the two lanes
         canvas.patch(-half - 0.08, -half + 0.08, z, z + 3, WHITE)
-    if street["tram"]:
-        for x in (street["tram"] - 0.72, street["tram"] + 0.72):
-            canvas.patch(x - 0.3, x + 0.3, NEAR, FAR, tint(asphalt, 0.8))
-            canvas.patch(x - 0.07, x + 0.07, NEAR, FAR, (160, 156, 150))
-    if street["zebra"]:
-        for x in np.arange(left + 0.4, right - 0.6, 1.0):
-            canvas.patch(x, x + 0.5, street["zebra"], street["zebra"] + 3, WHITE)
 
 
 def building(canvas, rng, side, front, z0, z1, height):
-    """A house along the street: its near wall, its roof, its facade in bays with windows."""
+    """A house along the street, with windows."""
     colour = tint(pick(rng, FACADES), rng.uniform(0.85, 1.1))
     glass = tint(GLASS, rng.uniform(0.7, 1.3))
-    trim, awning = tint(colour, rng.uniform(1.12, 1.3)), pick(rng, PAINTS)
-    wide, floors, shop = rng.uniform(0.4, 0.62), max(2, round(height / 3.1)), rng.random() < 0.4
-    x, back = side * front, side * (front + 11)
-    canvas.shadow(min(x, back), max(x, back), z0, z1, 0.7 * height)
-    wall = canvas.solid(min(x, back), max(x, back), z0, z1, 0, height, colour, BUILDING)["near"]
+    floors, wide = round(height / 3.1), rng.uniform(0.4, 0.62)
+    left, right = sorted((side * front, side * (front + 11)))
+    canvas.shadow(left, right, z0, z1, 0.7 * height)
+    faces = canvas.solid(left, right, z0, z1, 0, height, colour, BUILDING)
     if z0 < 60:
-        canvas.windows(wall, 3, floors, 0.4, 0.3, 0.74, glass)
-    if height < 9:                                            # a low house has a tiled roof
-        peak = ((x + back) / 2, height + rng.uniform(2, 3.5))
-        canvas.polygon(((x, height, z0), (x, height, z1), (*peak, z1), (*peak, z0)),
-                       pick(rng, ((150, 74, 58), (120, 70, 62), (96, 92, 98))), BUILDING, 0.9, z0)
-        canvas.polygon(((x, height, z0), (back, height, z0), (*peak, z0)), colour, BUILDING,
-                       0.72, z0)
-    edges = np.linspace(z1, z0, max(2, round((z1 - z0) / 2.8)) + 1).tolist()
-    for far, near in zip(edges, edges[1:]):
-        a, b = (far, near) if side > 0 else (near, far)
-        bay = ((x, 0, a), (x, 0, b), (x, height, b), (x, height, a))
-        canvas.polygon(bay, colour, BUILDING, canvas.light["left" if side > 0 else "right"], near)
-        canvas.panel(bay, 0, 1 - 0.35 / height, 1, 1, trim)
-        if canvas.focal * front * (1 / near - 1 / far) > 8:   # large enough to see its windows
-            canvas.windows(bay, 1, floors, wide + 0.12, 0.24, 0.82, trim)
-            canvas.windows(bay, 1, floors, wide, 0.3, 0.78, glass)
-            if shop:
-                canvas.panel(bay, 0.06, 0.03, 0.94, 0.72 / floors, tint(glass, 0.7))
-                canvas.panel(bay, 0, 0.72 / floors, 1, 0.98 / floors, awning)
+        for name, quad in faces.items():
+            columns = 3 if name == "near" else round((z1 - z0) / 2.8)
+            canvas.windows(quad, columns, floors, wide, 0.3, 0.76, glass)
 
 
 def barrier(canvas, rng, side, front, z0, z1, kind):
     """A hedge (kind VEGETATION), WALL or FENCE along a garden."""
     lowest, highest, thick, colours = BARRIERS[kind]
-    height, colour = rng.uniform(lowest, highest), pick(rng, colours)
-    low, high = sorted((side * front, side * (front + thick)))
-    edges = np.linspace(z1, z0, max(1, round((z1 - z0) / 2.5)) + 1).tolist()
-    for far, near in zip(edges, edges[1:]):
-        faces = canvas.solid(low, high, near, far, 0, height, colour, kind)
-        quad = faces["left" if side > 0 else "right"]
-        if kind == WALL:
-            canvas.panel(quad, 0, 0.9, 1, 1, tint(colour, 1.25))
-        elif kind == FENCE and near < 50:
-            canvas.windows(quad, 8, 1, 0.35, 0.08, 0.86, tint(colour, 0.5))
+    left, right = sorted((side * front, side * (front + thick)))
+    canvas.solid(left, right, z0, z1, 0, rng.uniform(lowest, highest), pick(rng, colours), kind)
 
 
 def tree(canvas, rng, x, z, size):
     """A trunk and a crown of round clumps, dark below and bright above."""
     green = tint(pick(rng, ((70, 118, 44), (92, 128, 50), (56, 104, 58))), rng.uniform(0.85, 1.15))
     canvas.shadow(x - 0.5 * size, x + 0.5 * size, z - 0.4, z + 0.4, size)
-    canvas.flat(x, z)[0](0, 0, 0, 1.5 * size, 0.18 * size, (104, 78, 54), VEGETATION)
+    bar, disc = canvas.flat(x, z)
+    bar(0, 0, 0, 1.5 * size, 0.18 * size, (104, 78, 54), VEGETATION)
     for light, lift, spread in ((0.35, 0.0, 0.75), (0.7, 0.3, 0.6), (1.0, 0.65, 0.5)):
         for _ in range(4 if z < 60 else 1):
-            canvas.ball(x + size * (rng.uniform(-spread, spread) + 0.15 * canvas.sun),
-                        size * (1.55 + lift + rng.uniform(-0.25, 0.25)), z,
-                        size * rng.uniform(0.35, 0.55), green, VEGETATION, light)
+            disc(size * (rng.uniform(-spread, spread) + 0.15 * canvas.sun),
+                 size * (1.55 + lift + rng.uniform(-0.25, 0.25)), size * rng.uniform(0.35, 0.55),
+                 green, VEGETATION, light)
 
 
 def vehicle(canvas, rng, x, z, kind, facing):
@@ -282,10 +236,6 @@ def vehicle(canvas, rng, x, z, kind, facing):
         for name, quad in faces.items():
             if count and name != "top":
                 canvas.windows(quad, 1 if name == "near" else count, 1, 0.88, bottom, top, GLASS)
-    if kind in (BUS, TRAIN):
-        canvas.panel(faces["near"], 0.25, 0.88, 0.75, 0.97, YELLOW)
-    if kind == TRUCK and rear:
-        canvas.panel(faces["near"], 0.49, 0.03, 0.51, 0.97, tint(WHITE, 0.5))
     bar, _ = canvas.flat(x, z)                                # lamps and number plate: details
     lamp, y = RED if rear else (255, 250, 220), 0.7 if kind == CAR else 0.9
     for a0, a1, v, paint in ((-0.46, -0.3, y, lamp), (0.3, 0.46, y, lamp),
@@ -321,19 +271,14 @@ def cycle(canvas, rng, x, z, kind, turn, ridden):
     paint, sideways = pick(rng, PAINTS), math.cos(turn)
     bar, disc = canvas.flat(x, z, turn)
     canvas.shadow(x - 0.3, x + 0.3, z - 0.1, z + 0.2, 1.0)
-    radius, tyre = (0.32, 0.13) if kind == MOTORCYCLE else (0.35, 0.07)
+    thick, tyre, hip = (0.3, 0.13, 0.84) if kind == MOTORCYCLE else (0.08, 0.07, 1.0)
     for a in (0.58, -0.55):
-        disc(a, radius, radius, BLACK, kind)
-        disc(a, radius, radius - tyre, (128, 130, 132), kind)
-    for a0, y0, a1, y1, width, colour in FRAMES[kind]:
-        bar(a0, y0, a1, y1, width, colour or paint, kind)
-    face_on, _ = canvas.flat(x, z)
-    front = 0.42 * sideways
-    face_on(front - 0.3, 1.03, front + 0.3, 1.03, 0.07, BLACK, kind)     # the handlebar
-    if kind == MOTORCYCLE:
-        face_on(-0.15, 0.72, 0.15, 0.72, 0.2, paint, kind)
+        disc(a, 0.34, 0.34, BLACK, kind)
+        disc(a, 0.34, 0.34 - tyre, (128, 130, 132), kind)
+    bar(-0.55, 0.4, -0.2, 0.8, thick, paint, kind)
+    bar(-0.3, 0.5, 0.42, 0.8, thick, paint, kind)
+    bar(0.58, 0.35, 0.4, 1.05, 0.08, STEEL, kind)             # the fork
     if ridden:
-        hip = 0.84 if kind == MOTORCYCLE else 1.0
         person(canvas, rng, x - 0.2 * sideways, z, RIDER, hip, 0.28, 0.25 * sideways)
 
 
@@ -350,14 +295,8 @@ def post(canvas, rng, x, z, kind, side):
         for i, lamp in enumerate((GREEN, YELLOW, RED)):
             disc(0, top + 0.17 + 0.33 * i, 0.14, tint(lamp, 1.2 if i == shining else 0.3), kind)
     else:
-        edge, fill = pick(rng, ((RED, WHITE), (WHITE, (30, 80, 180)), (WHITE, YELLOW)))
-        if rng.random() < 0.6:
-            disc(0, top + 0.2, 0.4, edge, kind)
-            disc(0, top + 0.2, 0.29, fill, kind)
-        else:
-            bar(-0.4, top + 0.2, 0.4, top + 0.2, 0.8, edge, kind)
-            bar(-0.31, top + 0.2, 0.31, top + 0.2, 0.62, fill, kind)
-        bar(-0.19, top + 0.2, 0.19, top + 0.2, 0.13, BLACK if fill == YELLOW else edge, kind)
+        disc(0, top + 0.2, 0.4, RED, kind)
+        disc(0, top + 0.2, 0.29, WHITE, kind)
 
 
 # ---- what stands where -----------------------------------------------------------------------
@@ -370,9 +309,7 @@ def plan_street(rng):
     kerb[-1] += 3.4 * tram
     verge = {side: kerb[side] + pick(rng, (0, 0, 1.5)) for side in (-1, 1)}
     front = {side: verge[side] + rng.uniform(3.2, 5.6) for side in (-1, 1)}
-    zebra = rng.uniform(7, 20) if rng.random() < 0.4 else 0
-    return {"lane": lane, "kerb": kerb, "verge": verge, "front": front, "zebra": zebra,
-            "tram": track}
+    return {"lane": lane, "kerb": kerb, "verge": verge, "front": front, "tram": track}
 
 
 def plan_lots(rng, front, side):
@@ -399,7 +336,7 @@ def plan_lots(rng, front, side):
 def plan_traffic(rng, street):
     """What drives in the lanes, parks at the kerbs, and the tram."""
     things = []
-    lane, kerb, tram, zebra = (street[name] for name in ("lane", "kerb", "tram", "zebra"))
+    lane, kerb, tram = street["lane"], street["kerb"], street["tram"]
     rows = [(1, 0, "rear", 9, 14), (1, -lane, "front", 9, 14)]           # the two lanes
     rows += [(3, side * (kerb[side] - 1.15), facing, rng.uniform(4, 10), 3)
              for side, facing, inner in ((-1, "front", 1.5), (1, "rear", 0.5))
@@ -407,8 +344,6 @@ def plan_traffic(rng, street):
     for strip, x, facing, z, gap in rows:
         z += rng.exponential(0.5 * gap)
         while z < 90:
-            if zebra - 10 < z < zebra + 4:                    # keep the zebra crossing clear
-                z = zebra + 4
             if strip == 1 and rng.random() < 0.2:
                 kind, length = pick(rng, (MOTORCYCLE, BICYCLE)), 3
                 things.append((1, z, cycle, (x, z, kind, 1.25, True)))
@@ -435,8 +370,7 @@ def plan_pavement(rng, street, side):
 
     for _ in range(rng.integers(3, 9)):
         put(6, rng.uniform(kerb + 0.9, front - 0.4), 5 + rng.exponential(14), person)
-    light = 0.75 if street["zebra"] else 0.35
-    for kind, chance in ((TRAFFIC_SIGN, 0.7), (TRAFFIC_LIGHT, light), (TRAFFIC_SIGN, 0.5)):
+    for kind, chance in ((TRAFFIC_SIGN, 0.7), (TRAFFIC_LIGHT, 0.5), (TRAFFIC_SIGN, 0.5)):
         if rng.random() < chance:
             put(5, kerb + 0.5, rng.uniform(8, 24), post, kind, side)
     for z in np.arange(rng.uniform(6, 26), 100, 26):
@@ -456,10 +390,7 @@ def plan_town(rng, street):
     things = plan_traffic(rng, street)
     for side in (-1, 1):
         things += plan_lots(rng, street["front"][side], side) + plan_pavement(rng, street, side)
-    if street["zebra"]:                                       # people who cross the street
-        for x in rng.uniform(-street["kerb"][-1], street["kerb"][1], 3):
-            things.append((1, street["zebra"] + 1.5, person, (x, street["zebra"] + 1.5)))
-    elif rng.random() < 0.3:
+    if rng.random() < 0.3:                                    # somebody who crosses the street
         x, z, kind = rng.uniform(-4, 1), rng.uniform(7, 9), pick(rng, (MOTORCYCLE, BICYCLE))
         things.append((1, z, cycle, (x, z, kind, 0.2, True)))
     things += [(10, FAR, tree, (x, FAR, rng.uniform(2.5, 4.5))) for x in range(-42, 43, 6)]
