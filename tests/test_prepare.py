@@ -199,7 +199,7 @@ def test_the_demo_has_two_looks(tmp_path):
 
 
 def test_the_town_has_every_class_in_its_place_and_colour():
-    """The labels fit the picture: the sky is up and blue, trees are green, the road down and grey."""
+    """The labels fit the picture: the sky up and blue, trees green, the road down and grey."""
     scenes = [toytown.draw("synthetic", (0, i), (40, 80)) for i in range(30)]
     images, labels = (np.stack(layer) for layer in zip(*scenes))
     assert set(np.unique(labels)) == {*range(19)}
