@@ -5,12 +5,13 @@ Writes  study/results/NAME.md     the claims, Tables 2 to 6, differences, classe
 
     python -m study.report game-80x160
 """
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.special import stdtrit
-from scipy.stats import spearmanr
+from scipy.stats import sem
 
 from evaluate import PAPER as PAPER_TABLE2
 from prepare import TABLE
@@ -32,7 +33,7 @@ CLAIMS = [("L_rec by L1 is better than by squares", "ours", "squares"),
           ("matched colours are better than synthetic images as they are", "colour", "synthetic")]
 NOTE = ("± is the standard deviation over the seeds, [ ] a 95 % interval of their mean (Student's "
         "t); differences are paired by seed. Each interval stands alone: of twenty, one misses by "
-        "chance. A network's score without ± is of one seed, its differences to that same seed.")
+        "chance. A score without ± is of one seed, its differences are to the same seed.")
 
 
 # ----------------------------------------------------------------- numbers over the seeds
@@ -40,15 +41,9 @@ NOTE = ("± is the standard deviation over the seeds, [ ] a 95 % interval of the
 
 def mean_and_half(values):
     """The mean, and half of its 95 % interval, t sd / sqrt(n); None of one value: it says none."""
-    mean, n = float(np.mean(values)), len(values)
-    if n < 2:
-        return mean, None
-    return mean, float(stdtrit(n - 1, 0.975)) * float(np.std(values, ddof=1)) / n ** 0.5
-
-
-def with_spread(by_seed, metric):
-    """"0.123 ± 0.004" of {seed: score}, or "0.123" of one, or "-" of none."""
-    return mean_spread(list(by_seed.values()), DIGITS[metric])
+    if len(values) < 2:
+        return np.mean(values), None
+    return np.mean(values), stdtrit(len(values) - 1, 0.975) * sem(values)
 
 
 def with_interval(values, digits, sign=""):
@@ -146,17 +141,22 @@ def diagonal(record, by_network):
     return sum(found), len(found)
 
 
-def rank_agreement(record, by_seed, metric):
-    """Spearman's rank correlation of how low FID is and how high the score on real, over the rows
-    of each seed that has three or more with both."""
+def fid_agrees(record, by_seed, metric):
+    """In how many pairs of rows of a seed the one of lower FID scores higher on real, and of how
+    many pairs."""
     found = []
     for seed, tested in by_seed.items():
         fid = {row: quality(record, row, "fid").get(seed) for row in tested}
-        names = [row for row in fid if fid[row]]
-        values = [tested[row]["real"][metric] for row in names]
-        if len(names) > 2 and len(set(values)) > 1:            # equal ones have no rank
-            found.append(spearmanr([-fid[row] for row in names], values).statistic)
-    return found
+        for one, other in combinations([row for row in fid if fid[row]], 2):
+            higher = tested[one]["real"][metric] > tested[other]["real"][metric]
+            found.append(higher == (fid[one] < fid[other]))
+    return sum(found), len(found)
+
+
+def counted(right, cases, of_what):
+    """The verdict on a claim that was right in so many of all cases; "" of fewer than two."""
+    verdict = "holds" if right == cases else "does not always hold"
+    return f"{verdict}: {right} of {cases} {of_what}" if cases > 1 else ""
 
 
 def said(values, digits, least=0):
@@ -183,8 +183,8 @@ def claims_of(record, network, by_seed):
         for text, one, other in REFINED:
             rows.append([f"{text}, after {training_text(*kind)}",
                          *[said(difference(found, one, other, m), DIGITS[m]) for m in both]])
-    rows.append(["within a seed, rows with a lower FID score higher (rank correlation)",
-                 *[said(rank_agreement(record, by_seed, m), 2) for m in both]])
+    rows.append(["of two rows of a seed, the one with the lower FID scores higher",
+                 *[counted(*fid_agrees(record, by_seed, m), "pairs") for m in both]])
     for row in ("ours", "squares"):
         found = [said(gap_closed(by_seed, row, m), 0, papers_gap(network, m)) for m in both]
         rows.append([f"{row}: as much of the gap to real is closed as in the paper, %", *found])
@@ -195,25 +195,18 @@ def claims_table(record, by_network):
     rows = []
     for network, by_seed in by_network.items():
         rows += claims_of(record, network, by_seed)
-    for row, metric, effect in (
-            ("ours", "fid", "refining lowers FID"), ("ours", "kid", "refining lowers KID x 1000"),
-            ("squares", "fid", "by squares: refining lowers FID"),
-            ("squares", "kid", "by squares: refining lowers KID x 1000"),
-            ("squares-finer", "fid", "by squares: refining with the finer D lowers FID"),
-            ("squares-finer", "kid", "by squares: refining with the finer D lowers KID x 1000"),
-            ("ours", "ssim", "refining raises SSIM (L = 255)"),
-            ("ours", "ssim_range1", "refining raises SSIM (L = 1)")):
-        found = minus(quality(record, row, metric), quality(record, "synthetic", metric))
-        if found:
-            so = verdict([-value if "lowers" in effect else value for value in found])
-            rows.append([effect, f"{so}: {with_interval(found, DIGITS[metric], '+')}", ""])
-    best, cases = diagonal(record, by_network)
-    if cases:
-        so = "holds" if best == cases else "does not always hold"
-        rows.append(["the diagonal (cf. Tables 3 to 6) is the highest of its row and column",
-                     f"{so}: {best} of {cases} rows and columns", ""])
-    return markdown_table(["claim", "verdict: number [95 %]; of a network's mIoU",
-                           "of its accuracy, points"], rows)
+    for text, row in (("refining", "ours"), ("by squares: refining", "squares"),
+                      ("by squares: refining with the finer D", "squares-finer")):
+        for metric, name in (("fid", "FID"), ("kid", "KID x 1000")):
+            lower = minus(quality(record, "synthetic", metric), quality(record, row, metric))
+            rows.append([f"{text} lowers {name}", said(lower, DIGITS[metric]), ""])
+    for metric, name in (("ssim", "SSIM (L = 255)"), ("ssim_range1", "SSIM (L = 1)")):
+        higher = minus(quality(record, "ours", metric), quality(record, "synthetic", metric))
+        rows.append([f"refining raises {name}", said(higher, DIGITS[metric]), ""])
+    rows.append(["the diagonal (cf. Tables 3 to 6) is the highest of its row and column",
+                 counted(*diagonal(record, by_network), "rows and columns"), ""])
+    return markdown_table(["claim", "verdict: by how much [95 %]; of a network's mIoU",
+                           "of its accuracy, points"], [row for row in rows if row[1]])
 
 
 # ------------------------------------------------------------------------------ the tables
@@ -244,11 +237,11 @@ def real_table(record, by_seed):
     rows = []
     for row in rows_in(record, by_seed):
         cells = [row, ", ".join(on_real(by_seed, row, "mIoU"))]
-        for metric, digits in (("mIoU", 3), ("accuracy", 1)):
+        for metric in ("mIoU", "accuracy"):
             gain = difference(by_seed, row, "synthetic", metric) if row != "synthetic" else []
             gap = gap_closed(by_seed, row, metric) if row not in ("synthetic", "real") else []
-            cells += [with_spread(on_real(by_seed, row, metric), metric),
-                      with_interval(gain, digits, "+"), with_interval(gap, 0)]
+            cells += [mean_spread(of_seeds(by_seed, row, "real", metric), DIGITS[metric]),
+                      with_interval(gain, DIGITS[metric], "+"), with_interval(gap, 0)]
         rows.append(cells)
     head = ["trained on", "seeds", "mIoU on real", "minus synthetic", "gap closed, %",
             "accuracy on real, %", "minus synthetic, points", "gap closed in accuracy, %"]
@@ -277,7 +270,8 @@ def trainings_table(record, network):
             cells = [f"{row}, {training_text(*other)}", ", ".join(seeds)]
             for by_seed in (found, compared):
                 some = {seed: by_seed[seed] for seed in seeds}
-                both = [with_spread(on_real(some, row, m), m) for m in ("mIoU", "accuracy")]
+                both = [mean_spread(of_seeds(some, row, "real", m), DIGITS[m])
+                        for m in ("mIoU", "accuracy")]
                 cells.append(" / ".join(both))
             rows.append(cells)
     head = [f"{NETWORKS[network]}, trained on", "seeds", "mIoU / accuracy, %, on real",
@@ -293,13 +287,12 @@ def settings_text(record):
     it is none). UserError if the seeds differ in these."""
     seeds, features = {}, set()
     for seed, numbers in record["seeds"].items():
-        said = "prepare.py {prepare}; pretrain.py {pretrain}; train_gan.py {gan}; {precision}"
-        said = said.format(**numbers["settings"])
-        seeds.setdefault(said, []).append(seed)
+        how = "prepare.py {prepare}; pretrain.py {pretrain}; train_gan.py {gan}; {precision}"
+        seeds.setdefault(how.format(**numbers["settings"]), []).append(seed)
         features.add(tuple(numbers["table2"].get(key) for key in ("n", "weights_sha256")))
     if len(features) > 1:
         raise UserError(f"{record['name']}: the FID of its seeds is of other --n or --inception")
-    lines = [f"- seed {', '.join(some)}: {said}" for said, some in seeds.items()]
+    lines = [f"- seed {', '.join(some)}: {how}" for how, some in seeds.items()]
     return "\n".join([*lines, f"- what is called FID here: {numbers['table2']['label']}"])
 
 
