@@ -30,7 +30,8 @@ demo: .venv/installed
 NAME ?= paper-size
 study: .venv/installed
 	@test -n "$(GTA5)" -a -n "$(CITYSCAPES)" || { \
-	  echo "usage: make study GTA5=DIR CITYSCAPES=DIR [NAME=paper-size] [STUDY=FLAGS]"; exit 2; }
+	  echo "usage: make study GTA5=DIR CITYSCAPES=DIR [NAME=paper-size] [PREPARE=FLAGS]" \
+	    "[STUDY=FLAGS]"; exit 2; }
 	$(PY) -m study.run $(NAME) $(STUDY) \
 	  --prepare "--gta5 '$(GTA5)' --cityscapes '$(CITYSCAPES)' $(PREPARE)"
 	$(PY) -m study.report $(NAME)

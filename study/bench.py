@@ -1,7 +1,7 @@
 """How fast every stage is on this machine: one table; compare its ratios, taken within the run.
 
 Times of a machine that others use too move by a factor of two, ratios of two things timed in turns
-far less: the table has the median of the ratios. R's convolutions cost 8.43 GMAC an image of
+far less: the table has the median of the ratios. R's convolutions cost 8.35 GMAC an image of
 80 x 160 forward, all else is small beside them, so a training step can at best run at the speed of
 a plain convolution.
 
@@ -34,8 +34,8 @@ import pretrain
 import train_gan
 from models import (REAL, REFINED, DeepLabV3Plus, Discriminator, Refiner, UNet, fid,
                     inception_features, load_inception, patch_loss, ssim)
-from support.cli import (announce, markdown_table, name_of, parser, path_of, positive, start,
-                         write_text)
+from support.cli import (announce, cpus, markdown_table, name_of, parser, path_of, positive,
+                         start, write_text)
 from support.training import (add_device_flag, autocast, learning_layout, make_optimizer,
                               pick_device, place, to_float, to_uint8)
 
@@ -271,8 +271,8 @@ def bench_networks(table, args):
     with torch.no_grad():
         table.compare("refine", lambda: to_uint8(net(to_float(some))),
                       lambda: to_uint8(plain(to_float(some))), "padding='same', channels first", 16)
-        table.compare("Inception features", lambda: inception_features(pool3, some[:4], device),
-                      lambda: to_uint8(net(to_float(some))), "refine of 16", 4)
+        table.compare("Inception features", lambda: inception_features(pool3, some, device),
+                      lambda: to_uint8(net(to_float(some))), "refine", 16)
 
 
 def bench_metrics(table, args):
@@ -290,7 +290,7 @@ def machine():
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return (f"{(names or [platform.machine()])[0]}, {os.cpu_count()} cores, "
+    return (f"{(names or [platform.machine()])[0]}, {cpus()} cores, "
             f"{torch.backends.cpu.get_cpu_capability()}")
 
 

@@ -6,7 +6,7 @@ evaluate.py then scores all of them, and segment.py trains a network on each.
 Reads   a GTA-V and a Cityscapes folder, or others (--prepare)
 Writes  runs/study/NAME/seedN/{data,runs,results}/   large; laid out as a user's own folders are
         study/results/NAME.json                      the numbers; study.report makes tables of it
-        study/results/NAME-figure1.png               Figure 1 of ours, seed 0
+        study/results/NAME-figure1.png               Figure 1 of ours, of its first seed
 
     python -m study.run paper-size --inception inception.pt --precision bfloat16 \\
       --prepare "--gta5 ~/gtav --cityscapes ~/cityscapes"
@@ -208,10 +208,10 @@ def write_record(args):
               "rows": {name: row for name, row in ROWS.items() if name in rows},
               "seeds": dict(sorted(seeds.items(), key=lambda seed: int(seed[0])))}
     write_json(path, record, indent=None)
-    curves = args.base / "seed0/runs/ours/curves.png"
-    if curves.is_file():
+    curves = sorted(args.base.glob("seed*/runs/ours/curves.png"))
+    if curves:
         with whole(args.results / f"{args.name}-figure1.png") as temporary:
-            shutil.copy(curves, temporary)
+            shutil.copy(curves[0], temporary)
 
 
 def arguments():

@@ -62,7 +62,7 @@ def start(main):
     except KeyboardInterrupt as stop:                # with a text: a training that has saved
         for bar in BARS:
             bar.close()
-        advice = f" {stop}; --resume goes on" if str(stop) else "; run it again to go on"
+        advice = f" {stop}; --resume goes on" if str(stop) else "; run it again"
         print(f"\n{Path(sys.argv[0]).name}: stopped{advice}", file=sys.stderr)
         sys.exit(130)
 
@@ -80,12 +80,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def parser(doc):
-    """An ArgumentParser whose help is the script's own docstring; it has --seed."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter,
-                                allow_abbrev=False)
+    """An ArgumentParser whose help is the script's own docstring."""
+    return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter,
+                                   allow_abbrev=False)
+
+
+def add_seed_flag(p):
+    """--seed, of every stage."""
     p.add_argument("--seed", type=natural, default=0,
                    help="of every random choice that has no flag of its own")
-    return p
 
 
 def natural(text):
@@ -132,7 +135,7 @@ def progress(iterable=None, **options):
 
 def in_parallel(function, jobs, workers):
     """Yield function(job) for every job, in order, computed by `workers` processes."""
-    workers = min(workers, len(jobs), 61 if sys.platform == "win32" else len(jobs))
+    workers = min(workers, len(jobs), 61)            # Windows takes no more
     try:
         with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
             yield from progress(pool.map(function, jobs), total=len(jobs), unit="image")
@@ -204,7 +207,7 @@ def write_png(path, image):
 
 def writable(folder):
     """Make a folder for results, or fail now rather than after the hours that lead to them."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
 
 
@@ -214,10 +217,10 @@ def lock(folder):
     The system frees the lock however the process ends, so a kill leaves none stuck; the empty
     file .lock stays.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         return
-    file = os.open(Path(folder) / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)    # open to the end
+    file = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)    # open to the end
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)     # not inherited by workers
     except BlockingIOError:

@@ -9,7 +9,7 @@ from timeit import repeat
 
 import torch
 
-from support.cli import UserError, path_of, positive, progress, whole, write_text
+from support.cli import UserError, add_seed_flag, path_of, positive, progress, whole, write_text
 
 # --------------------------------------------------------------------- device and precision
 
@@ -139,7 +139,8 @@ def sha256(tensors):
 
 
 def add_device_flag(p):
-    """--device, of every stage that computes with a network."""
+    """--device and --seed, of every stage that computes with a network."""
+    add_seed_flag(p)
     p.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
 
 

@@ -2,7 +2,6 @@
 from types import SimpleNamespace
 
 import torch
-from conftest import call
 
 from models import Discriminator, Refiner
 from study import bench
@@ -11,14 +10,22 @@ from support.training import to_float
 CPU = torch.device("cpu")
 
 
-def test_sections(tmp_path):
-    """Through the command line: a table on stdout, the same as Markdown."""
-    out, _ = call("study/bench.py", "--only", "gan", "networks", "--size", 24, 48, "--batch-size",
-                  2, "--repeats", 1, "--out", "b.md", cwd=tmp_path)
-    head, _, *table = (tmp_path / "b.md").read_text().splitlines()
-    assert f"torch {torch.__version__}, 24 x 48, batch 2" in head and len(table) == 2 + 9
+def test_sections(tmp_path, monkeypatch, capsys):
+    """A table on stdout, the same as Markdown. prepare.py takes what is drawn for it; FID is
+    compared to its usual form."""
+    workers, shapes, honest = [], [], bench.subprocess.run
+    monkeypatch.setattr(bench, "FRAMES", 2)
+    monkeypatch.setattr(bench.subprocess, "run", lambda command, **how: (
+        workers.append(command[-1]), honest(command, **how)))
+    monkeypatch.setattr(bench, "sqrtm_fid", lambda a, b: shapes.append(a.shape))
+    monkeypatch.setattr("sys.argv", ["bench.py", *"--size 24 48 --batch-size 2 --repeats 1".split(),
+                                     "--out", str(tmp_path / "b.md")])
+    bench.main()
+    out, (head, _, *table) = capsys.readouterr().out, (tmp_path / "b.md").read_text().splitlines()
+    assert f"torch {torch.__version__}, 24 x 48, batch 2" in head and len(table) == 2 + 12
     for line in table[2:]:
         assert all(cell in out for cell in line.strip("| ").split(" | "))
+    assert workers == ["2", "1"] * 2 and "--workers 2" in table[2] and shapes == [(200, 2048)] * 2
 
 
 def test_a_ratio_above_1_is_faster(monkeypatch):
@@ -74,21 +81,3 @@ def test_a_row_of_the_gan_step_is_what_it_says(monkeypatch):
         "tf32": (([24, 48], "tf32", False), plain),
         "bfloat16 and --compile": (([24, 48], "bfloat16", True), plain)}
     assert table.rows[0][1:3] == ["1.5e-09 GFLOP/s", "0.75"]
-
-
-def test_prepare_takes_what_the_bench_draws(monkeypatch):
-    workers, honest = [], bench.subprocess.run
-    monkeypatch.setattr(bench, "FRAMES", 2)
-    monkeypatch.setattr(bench.subprocess, "run", lambda command, **how: (
-        workers.append(command[-1]), honest(command, **how)))
-    table = bench.Table(CPU, 1)
-    bench.bench_prepare(table, None)
-    assert workers == ["2", "1"] * 2 and "--workers 2" in table.rows[0][0]
-
-
-def test_the_metrics_are_compared_to_their_usual_forms(monkeypatch):
-    monkeypatch.setattr(bench, "sqrtm_fid", lambda a, b: called.append(a.shape))
-    called, table = [], bench.Table(CPU, 1)
-    bench.bench_metrics(table, SimpleNamespace(size=[24, 48]))
-    assert [row[0] for row in table.rows] == ["SSIM, 64 pairs", "FID distance, N = 200"]
-    assert called == [(200, 2048)] * 2
