@@ -177,10 +177,8 @@ def choose(folder, domains, args):
     if n < 2000:
         print(f"warning: N = {n} is small for FID: its bias is about 1/N, so compare rows with "
               "each other and with the floor, never with other papers")
-    random, chosen = np.random.default_rng(args.pair_seed), []
-    for some in (real, others, scenes):
-        chosen.append([some[i] for i in random.permutation(len(some))[:n]])
-    real, others, scenes = chosen
+    random = np.random.default_rng(args.pair_seed)
+    real, others, scenes = (random.permutation(some)[:n] for some in (real, others, scenes))
     images = {}
     for d in domains:
         images[d] = Images([folder / d / f"test/images/{name}.png" for name in scenes])

@@ -12,6 +12,7 @@ Writes  data/{synthetic,real}/{train,test}/images/NAME.png   RGB, all of one siz
 
 Two cores do 20 full-size frames a second. The other stages import the format from here.
 """
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 from support import toytown
-from support.cli import (UserError, cpus, lock, parser, path_of, positive, read_record, start,
-                         write_json, write_png)
+from support.cli import (UserError, add_seed_flag, cpus, lock, parser, path_of, positive,
+                         read_record, start, write_json, write_png)
 from support.images import read_stack, sha256_of
 from support.raw import (IGNORE, UNREADABLE, Found, Frame, by_ending, check_labels,
                          check_settings, find_cityscapes, find_folder, find_gta5, own_table,
@@ -89,8 +90,8 @@ def load_labels(folder):
 
 
 def check_domains(folder, domains, splits):
-    """UserError unless these domains below `folder` can be compared: images of one size, and what
-    refine.py made is of its source as that is today."""
+    """UserError unless these domains below `folder` can be compared: images of one size, and every
+    refined domain made of its source as that is today."""
     sizes = {}
     for here in [folder / domain / split for domain in domains for split in splits]:
         sizes[here] = read_stack(files_of(here)[:1], "RGB").shape[2:]
@@ -152,7 +153,7 @@ def hold_out(domain, train, test, args, rng):
             raise UserError(f"the {domain} frames: --test {n} leaves none of its {len(train)} "
                             "frames to train on; give a smaller --test, or two frames at least")
         order = rng.permutation(len(train))
-        held_out = Part([train[i] for i in order], n)         # the rest, should one be unusable
+        held_out = Part([train[i] for i in order], n)         # those after n replace bad ones
         train = sorted(train[i] for i in order[n:])
     if args.limit:
         train = [train[i] for i in rng.permutation(len(train))]
@@ -188,22 +189,22 @@ class Made(NamedTuple):
 
 
 def save_pair(folder, name, image, label, args):
-    """Write one prepared pair; return its pixels per class, int [classes + 1], the last is void."""
+    """Write one prepared pair, with the colours of its classes."""
     write_png(folder / "images" / f"{name}.png", image)
     pixels = np.zeros(len(args.table) + 1, np.int64)
     if label is not None:
         pixels = np.array(label.histogram())[[*range(len(args.table)), IGNORE]]
         label.putpalette(palette_of(args.table).ravel().tolist())
         write_png(folder / "labels" / f"{name}.png", label)
-    return pixels
+    return Made(pixels)
 
 
 def make_frame(frame, folder, args):
-    """Prepare one raw frame; returns a Made, with the reason if it is skipped."""
+    """Prepare one raw frame; returns a Made."""
     crop, size = args.crop, args.size[::-1]
     box = crop and (crop[1], crop[0], crop[1] + crop[3], crop[0] + crop[2])    # left, top, ...
     try:
-        if len(f"{frame.name}.png.tmp".encode()) > 255:
+        if len(os.fsencode(f"{frame.name}.png.tmp")) > 255:
             raise ValueError("its name is too long, with its folders, for a file system")
         image, label = read_rgb(frame.image, labelled=bool(frame.label)), None
         if frame.label:
@@ -221,14 +222,14 @@ def make_frame(frame, folder, args):
     image = image.crop(box).resize(size, Image.BILINEAR)
     if label:
         label = label.crop(box).resize(size, Image.NEAREST)
-    return Made(save_pair(folder, frame.name, image, label, args))
+    return save_pair(folder, frame.name, image, label, args)
 
 
 def make_toy(frame, folder, args):
     """Draw one toy scene, a pure function of domain, name and seed; see support/toytown.py."""
     number = (args.seed, folder.name == "test", int(frame.name))
     image, label = map(Image.fromarray, toytown.draw(folder.parent.name, number, args.size))
-    return Made(save_pair(folder, frame.name, image, label, args))
+    return save_pair(folder, frame.name, image, label, args)
 
 
 def make_domain(domain, parts, args):
@@ -247,8 +248,8 @@ def make_domain(domain, parts, args):
             why = "all of its frames were skipped" if made else "--test has taken all usable frames"
             file, reason = skipped[-1]
             raise UserError(f"{domain}/{split}: {why}; the last bad one is {file}: {reason}")
-        # What an earlier run or a killed one has left, and what `usable` made beyond the wanted:
-        # such a frame of test/ may go to train/, too.
+        # Delete what is not of this run: frames of an earlier one, *.tmp of a kill, and frames that
+        # `usable` made beyond the wanted (one of test/ may be in train/ now).
         for kind in ("images", "labels"):
             for file in [*folder.glob(f"{kind}/*.png"), *folder.glob(f"{kind}/*.png.tmp")]:
                 one = done[split].get(file.stem) if file.suffix == ".png" else None
@@ -288,6 +289,7 @@ def summarise(done, parts, found, record, args):
 
 def arguments():
     p = parser(__doc__)
+    add_seed_flag(p)
     folder = {"type": path_of, "metavar": "DIR"}
     p.add_argument("--gta5", **folder, help="folder with images/ and labels/")
     p.add_argument("--cityscapes", **folder, help="folder with leftImg8bit/{train,val} and "

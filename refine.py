@@ -68,8 +68,7 @@ def check_out(args, record):
         raise UserError(f"--out {args.out} lies in {'--images' if args.images else '--data'} "
                         "itself; choose another --out")
     old = read_record(made) or record
-    keys = ("images", "sha256", "size") if args.images else ("images",)
-    for key in keys:
+    for key in ("images", "sha256", "size") if args.images else ("images",):
         if old.get(key) != record.get(key):
             raise UserError(f"{args.out}: was made with {key} = {old.get(key)}, not "
                             f"{record.get(key)}; choose another --out")
@@ -138,28 +137,31 @@ def refine_pictures(R, args, record, device):
     """Refine --images one by one; those that are there from an earlier run are not done again."""
     file_of, others = refined_names(args.images, args.out)
     lock(args.out)
-    write_json(args.out / "refine.json", record)
-    skipped = 0
+    write_json(args.out / "refine.json", {**record, "finished": False})
+    skipped = []
     for target, file in progress(file_of.items(), desc="refine", unit="picture"):
         try:
-            if len(f"{target.name}.tmp".encode()) > 255:
+            if len(os.fsencode(f"{target.name}.tmp")) > 255:
                 raise ValueError("its name is too long for a file system")
-            # It has the time of this very file, as exactly as any file system keeps it (2 s).
+            # An earlier run has given it the time of this very file; FAT keeps times to 2 s.
             if target.exists() and abs(target.stat().st_mtime - file.stat().st_mtime) < 2:
                 continue
             picture = read_rgb(file)
             if min(picture.size) < 4 and not args.size:
                 raise ValueError("is smaller than 4 x 4 pixels")
         except UNREADABLE as error:
-            skipped += 1
-            print(f"skipped {file}: {error}")
+            skipped.append(f"skipped {file}: {error}\n")
             continue
         small = picture.resize(args.size[::-1], Image.BILINEAR) if args.size else picture
         refined = Image.fromarray(refine_tiles(R, np.array(small), device))
         write_png(target, refined.resize(picture.size, Image.BICUBIC))
         os.utime(target, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
-    print(f"done: {len(file_of) - skipped} pictures in {args.out}/; {skipped} skipped; files not "
-          f"read: {by_ending(others)}")
+    write_json(args.out / "refine.json", {**record, "finished": True})
+    print("".join(skipped), end="")
+    if len(skipped) == len(file_of):
+        raise UserError(f"{args.images}: no picture could be refined; the lines above say why")
+    print(f"done: {len(file_of) - len(skipped)} pictures in {args.out}/; {len(skipped)} skipped; "
+          f"files not read: {by_ending(others)}")
 
 
 def main():
@@ -172,12 +174,12 @@ def main():
     R = place(rebuild(Refiner, state, "refiner", args.checkpoint), device)
 
     # 2. What is to be refined, and whether it may be written.
-    # --data by its name, even if that is a link's: check_domains looks for it beside --out.
-    what = "images" if args.images else "source"
-    record = {"checkpoint": str(args.checkpoint), "step": state["step"],
-              what: str(args.images.resolve()) if args.images else os.path.abspath(args.data),
-              "sha256": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:16],
-              "size": args.size}
+    record = {"checkpoint": str(args.checkpoint), "step": state["step"], "size": args.size,
+              "sha256": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:16]}
+    if args.images:
+        record["images"] = str(args.images.resolve())
+    else:                         # a link by its own name: check_domains looks for it beside --out
+        record["source"] = os.path.abspath(args.data)
     check_out(args, record)
     announce("refine.py", device, args.seed, f"{args.checkpoint} (step {state['step']}) and "
              f"{args.images or args.data}", f"{args.out}/")

@@ -344,7 +344,7 @@ def main():
 
     # 1. The domains, the same number of training images of each.
     said = provenance(args, device)
-    args.table = classes_of(args.data)                        # no flag, so not in what is said
+    args.table = classes_of(args.data)                   # after provenance(), which notes flags
     data, columns, count = load_domains(args)
     rows = [d for d in columns if d in (args.train or columns)]
     networks = list(NETWORKS) if args.network == "both" else [args.network]

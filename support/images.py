@@ -1,6 +1,8 @@
 """Prepared images and labels in memory: all of a set, or a batch at a time."""
 import hashlib
 import math
+import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,10 +16,8 @@ from support.raw import UNREADABLE
 def check_memory(folder, shape):
     """UserError if uint8 images of this shape, [N, ...], do not fit into the free main memory."""
     meminfo, needed = Path("/proc/meminfo"), math.prod(shape) / 1e9
-    if not meminfo.is_file():                                 # not Linux
-        return
-    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024 / 1e9
+    found = meminfo.is_file() and re.search(r"MemAvailable: *(\d+)", meminfo.read_text())
+    free = int(found[1]) * 1024 / 1e9 if found else math.inf  # not Linux, or WSL 1
     if needed > free:
         raise UserError(f"{folder}: {shape[0]} images of {shape[-2]} x {shape[-1]} need "
                         f"{needed:.1f} GB of memory, {free:.1f} GB are free; prepare fewer "
@@ -66,12 +66,13 @@ class Images:
     def split(self, n):
         """Like a tensor's: uint8 [n, 3, H, W] and so on, in order."""
         for i in range(0, len(self), n):
-            yield read_stack(self.files[i:i + n], "RGB")
+            first = self.files[0]                             # all are of its size
+            yield read_stack([first, *self.files[i:i + n]], "RGB")[1:]
 
 
 def sha256_of(folder):
     """SHA-256 of the names and bytes of the images and labels of a split folder."""
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("images/[!.]*.png"), *folder.glob("labels/[!.]*.png")]):
-        digest.update(file.name.encode() + file.read_bytes())
+        digest.update(os.fsencode(file.name) + file.read_bytes())
     return digest.hexdigest()

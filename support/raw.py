@@ -1,5 +1,6 @@
 """Raw data as people have it: every file below a folder is found, or counted as not read."""
 import os
+import struct
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,7 @@ ENDINGS = {ending for ending, name in Image.registered_extensions().items()
 LOSSLESS = {"BMP", "PNG", "TIFF"}          # pixel values come back as saved; GIF numbers them anew
 ORIENTATION = 0x0112                                               # EXIF: how a camera was held
 # What Pillow raises at a file that it cannot read.
-UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError,
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.error,
               Image.DecompressionBombError)
 
 # Endings of label maps beside which another one may lie, and the folders of data sets.
@@ -106,7 +107,7 @@ def match_labels(keys, labels, ids):
     for key in keys & best.keys():
         rank, _, path = best[key]
         label_of[key] = path, ids if ids == "classes" else said[wanted[rank]]
-    for path in set(pictures) - {path for path, _ in label_of.values()}:
+    for path in sorted(set(pictures) - {path for path, _ in label_of.values()}):
         key, kind = key_of(path, labels)
         known = kind or key in keys
         others[kind + path.suffix.lower() if known else "labels without an image"] += 1
@@ -114,9 +115,11 @@ def match_labels(keys, labels, ids):
 
 
 def what_ids(files, ids):
-    """What files that are called labelIds hold. Where --label-ids says trainIds they are taken for
-    that, unless one of the first 20 has another value: Cityscapes' own, beside other labels."""
-    for file in files[:20] if ids == "trainIds" else []:
+    """What files that are called labelIds hold: what --label-ids says. But if that is trainIds and
+    one of the first 20 has a value that is none, they are Cityscapes' own, beside other labels."""
+    if ids != "trainIds":
+        return ids
+    for file in files[:20]:
         try:
             values, _ = read_ids(file)
         except UNREADABLE:
@@ -186,8 +189,9 @@ def opened(path):
     if not path.is_file():
         raise ValueError("a broken link, or no file")         # a named pipe would be waited for
     image = Image.open(path)
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":     # MPO: a camera's, and a
-        raise ValueError(f"has {image.n_frames} pictures, wanted one")  # second view of it
+    # An MPO is a camera's: its second picture is another view of the first.
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        raise ValueError(f"has {image.n_frames} pictures, wanted one")
     return image
 
 
@@ -202,8 +206,10 @@ def read_rgb(path, labelled=False):
             raise ValueError(f"image mode {image.mode}, wanted 8-bit RGB")
         if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
             raise ValueError("it has transparent pixels, wanted an opaque image")
-        if labelled and image.getexif().get(ORIENTATION) in range(2, 9):
+        turned = image.getexif().get(ORIENTATION) in range(2, 9)
+        if labelled and turned:
             raise ValueError("EXIF turns it, but not its label; turn both and save them anew")
+        image.info.pop("exif", None)       # is read; Pillow writes it anew, and fails at odd tags
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
@@ -373,10 +379,11 @@ def by_ending(others):
 def refined_names(path, out):
     """{where it goes below `out`, as PNG: picture} of a picture or of all below a folder, and how
     many other files there are, by ending."""
-    folder, pictures, others = path.parent, [path], {}
     if path.is_dir():
         folder, (pictures, others) = path, pictures_below(path)
         only_photographs(path, pictures)
+    else:
+        folder, pictures, others = path.parent, [path], {}
     if not pictures or not path.exists():
         raise UserError(f"{path}: no picture there")
     file_of = {}

@@ -12,7 +12,6 @@ import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
@@ -91,12 +90,6 @@ def call(script, *args, cwd, status=0, megabytes=None):
         assert lines[0].startswith(f"{script}: "), f"{script} does not say what it does"
         assert lines[-1].startswith("done: "), f"{script} does not say what it wrote"
     return out, err
-
-
-def call_all(*commands, cwd):
-    """`call` several independent commands side by side; the list of their (stdout, stderr)."""
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda command: call(*command, cwd=cwd), commands))
 
 
 def run_here(monkeypatch, folder, script, flags, seconds=2):
@@ -204,8 +197,9 @@ def project(raw, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("project")
     call("prepare.py", "--gta5", raw / "gtav", "--cityscapes", raw / "cityscapes", "--crop",
          "none", "--size", 24, 48, "--test", 3, "--workers", 1, cwd=cwd)
-    call_all(*[["pretrain.py", "--method", method, "--steps", 4, "--d-steps", 4, "--batch-size",
-                4, "--inception", "random"] for method in ("ours", "simgan")], cwd=cwd)
+    for method in ("ours", "simgan"):
+        call("pretrain.py", "--method", method, "--steps", 4, "--d-steps", 4, "--batch-size", 4,
+             "--inception", "random", cwd=cwd)
     return cwd
 
 

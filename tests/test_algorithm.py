@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import Command, call, call_all, parsed, save_pair
+from conftest import Command, call, parsed, save_pair
 from PIL import Image
 from torch import nn
 
@@ -175,11 +175,11 @@ def refined(tmp_path_factory):
                         "refiner": net.state_dict()}, cwd / f"runs/{method}/{stage}.pt")
     shutil.copytree(cwd / "data/synthetic", cwd / "other/synthetic")
     call("refine.py", "--checkpoint", "runs/simgan/gan.pt", "--out", "data/ours", cwd=cwd)
-    (out, _), *_ = call_all(
-        ["refine.py"], ["refine.py", "--method", "simgan"],         # data/ours is made anew
-        ["refine.py", "--data", "other/synthetic"],
-        *[["refine.py", "--batch-size", n, "--out", f"data/{n}"] for n in (1, 3)],
-        ["refine.py", "--checkpoint", "runs/simgan/gan.pt", "--out", "data/gan"], cwd=cwd)
+    out, _ = call("refine.py", cwd=cwd)                        # data/ours is made anew
+    for flags in (["--method", "simgan"], ["--data", "other/synthetic"],
+                  *[["--batch-size", n, "--out", f"data/{n}"] for n in (1, 3)],
+                  ["--checkpoint", "runs/simgan/gan.pt", "--out", "data/gan"]):
+        call("refine.py", *flags, cwd=cwd)
     assert "average.pt (step 3)" in out and "done: 19 refined images" in out
     return cwd / "data"
 

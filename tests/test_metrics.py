@@ -1,4 +1,4 @@
-"""The metrics against golden values, closed forms and direct sums."""
+"""The metrics against golden values, closed forms and direct sums; Table 2's errors."""
 import argparse
 
 import numpy as np
@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import fid, kid, leave_out, ssim
+from evaluate import difference, measure, plus_minus, with_error
+from models import fid, jackknife_error, kid, leave_out, ssim
 from segment import confusion, predict, random_parts, scores, train
 from study.bench import direct_ssim, sqrtm_fid
 from support.cli import UserError
@@ -116,12 +117,42 @@ def test_kid_equals_the_direct_sum():
 
 def test_leave_out_leaves_out_one_group_of_every_set():
     """Element k is in group k mod 3, in both sets; 20 groups, or as many as there are elements.
-    What the error is of these values: test_evaluate.py."""
+    What the error is of these values: below."""
     a, b = torch.arange(7.0), torch.arange(3.0) * 10
     seen = leave_out(lambda x, y: (x.sum() + y.sum()).item(), a, b)
     assert seen.tolist() == [51 - (0 + 3 + 6) - 0, 51 - (1 + 4) - 10, 51 - (2 + 5) - 20]
     assert leave_out(len, torch.zeros(50)).tolist() == [47] * 10 + [48] * 10
     assert leave_out(len, torch.zeros(3)).tolist() == [2] * 3
+
+
+# ----------------------------------------------------- Table 2: its errors, its differences
+
+
+def test_a_score_has_its_error_and_its_interval():
+    """SSIM: the mean over pairs and its s / sqrt(N), at both ranges. In float64: beside a flat
+    image L = 1 leaves float32 nothing but its rounding, of either sign."""
+    images, real = (100 + 40 * torch.randn(2, 70, 3, 16, 24)).clamp(0, 255).to(torch.uint8)
+    features, real_features = torch.randn(2, 70, 5).double()
+    found = measure(images, features, real, real_features)
+    row = {m: with_error(*s) for m, s in found.items()}
+    for name, max_val in (("ssim", 255), ("ssim_range1", 1)):
+        values = ssim(images.double(), real.double(), max_val)
+        assert row[name]["value"] == pytest.approx(values.mean().item(), rel=1e-9)
+        assert found[name][1][3] == pytest.approx(values[torch.arange(70) != 3].mean().item())
+        assert row[name]["se"] == pytest.approx(values.std().item() / 70 ** 0.5, rel=1e-6)
+    s = row["kid"]                             # of 20 replicates: t with 19 degrees of freedom
+    assert s["se"] == pytest.approx(jackknife_error(leave_out(kid, features, real_features)))
+    assert (s["high"] - s["value"]) / s["se"] == pytest.approx(2.093024, rel=1e-6)
+    assert s["value"] - s["low"] == pytest.approx(s["high"] - s["value"])
+
+
+def test_a_difference_is_paired_and_marked_inside_its_error():
+    a, b = torch.randn(2, 20, generator=torch.Generator().manual_seed(0)).double()
+    for one, other, sure in (((90.0, a), (0.0, b), True), ((0.0, a), (90.0, b), True),
+                             ((1.0, a), (0.0, b), False), ((5.0, a), (5.0, a), False)):
+        found = difference({"fid": one}, {"fid": other})["fid"]
+        assert found == {**with_error(one[0] - other[0], one[1] - other[1]), "sure": sure}
+        assert plus_minus(found, sign="+").startswith("(") != sure
 
 
 # -------------------------------------------------------- mIoU, pixel accuracy; what void does

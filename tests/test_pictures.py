@@ -1,6 +1,7 @@
 """refine.py --images: pictures of any size and kind; and sets that are larger than memory."""
 import os
 import random
+import struct
 import tracemalloc
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import refine
 from models import Refiner
 from prepare import load_images
 from support.cli import UserError
+from support.images import Images, read_stack
 from support.raw import read_rgb
 from support.training import to_float, to_uint8
 
@@ -47,9 +49,9 @@ def pictures(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("pictures")
     for i, name in enumerate(["1.png", "a b/2.JPG", "c/d/ä.webp", "4.bmp"]):
         save(cwd / "own" / name, noise(i, (20 + i, 30 + 3 * i)))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    noise(5, (20, 40)).save(cwd / "own/upright.jpg", exif=exif)
+    odd = struct.pack(">LH HHLHH HHLL L", 8, 2, 0x112, 3, 1, 6, 0, 0x128, 4, 1, 70000, 0)
+    noise(5, (20, 40)).save(cwd / "own/upright.jpg", exif=b"Exif\0\0MM\0*" + odd)
+    noise(9, (9, 9)).save(cwd / "own/\udcfc.png")              # a name that is no UTF-8
     (cwd / "own/broken.png").write_bytes(b"no picture")
     noise(8, (9, 9)).save(cwd / f"own/{'n' * 249}.jpg")
     (cwd / "own/damaged.dds").write_bytes(b"DDS " + bytes([124]) + bytes(123))
@@ -67,7 +69,8 @@ def test_a_folder_of_pictures(pictures):
     command = ["refine.py", "--checkpoint", "one.pt", "--images", "own", "--out", "new"]
     out, _ = call(*command, cwd=pictures)
     made = sorted(str(p.relative_to(pictures / "new")) for p in (pictures / "new").rglob("*.png"))
-    assert made == ["1.png", "4.png", "a b/2.png", "c/d/ä.png", "small.png", "upright.png"]
+    assert made == ["1.png", "4.png", "a b/2.png", "c/d/ä.png", "small.png", "upright.png",
+                    "\udcfc.png"]
     R = wild_refiner()
     for name in made:
         (source,) = [p for p in (pictures / "own").rglob("*") if p.stem == (pictures / name).stem]
@@ -76,7 +79,7 @@ def test_a_folder_of_pictures(pictures):
         assert np.array_equal(np.array(Image.open(pictures / "new" / name)), wanted), name
     assert Image.open(pictures / "new/upright.png").size == (20, 40)          # turned
     for words in ("broken.png: cannot identify", "tiny.png: is smaller than 4 x 4",
-                  "pipe.png: a broken link, or no file", "6 pictures", "5 skipped",
+                  "pipe.png: a broken link, or no file", "7 pictures", "5 skipped",
                   "damaged.dds: Unknown pixel format", "nn.jpg: its name is too long",
                   "files not read: 1 .txt"):
         assert words in out
@@ -110,6 +113,9 @@ def test_one_picture_and_the_size_of_training(pictures):
     call("refine.py", "--checkpoint", "one.pt", "--images", "own/tiny.png", "--out", "tiny",
          "--size", 4, 15, cwd=pictures)                        # R never sees its 3 x 9
     assert Image.open(pictures / "tiny/tiny.png").size == (9, 3)
+    _, err = call("refine.py", "--checkpoint", "one.pt", "--images", "own/notes.txt", "--out", "no",
+                  cwd=pictures, status=2)
+    assert "own/notes.txt: no picture could be refined" in err
 
 
 # ---------------------------------------------------------------------------- sets of any number
@@ -133,3 +139,14 @@ def test_a_set_that_does_not_fit_is_one_line_before_it_is_read(tmp_path, monkeyp
     monkeypatch.setattr(Path, "read_text", lambda _: free(520))
     with pytest.raises(UserError, match="3 images of 200 x 300 need 0.0 GB .*--limit"):
         load_images(tmp_path)
+    monkeypatch.setattr(Path, "read_text", lambda _: "MemFree: 9 kB")    # WSL 1: nobody knows
+    load_images(tmp_path)
+
+
+def test_one_image_of_another_size_in_a_batch_of_its_own(tmp_path):
+    files = [*sorted(fill(tmp_path, 4).iterdir()), tmp_path / "odd.png"]
+    noise(0, (9, 9)).save(files[-1])
+    batches = Images(files).split(4)
+    assert torch.equal(next(batches), read_stack(files[:4], "RGB"))
+    with pytest.raises(UserError, match="odd.png: not of the size of 00.png"):
+        next(batches)

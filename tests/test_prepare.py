@@ -103,17 +103,13 @@ def test_running_again_gives_the_same_bytes(raw, prepared):
 
 
 def test_other_settings_need_another_folder(raw, prepared, tmp_path):
-    """Two settings in one folder would mix; the error names the setting. A user's own folder is
-    left alone."""
+    """Two settings in one folder would mix. A user's own folder is left alone."""
     fill(tmp_path / "mine/real/train/images", 1)
     linked = shutil.copytree(prepared, tmp_path / "linked")
     (linked / "real").rename(tmp_path / "theirs")
     (linked / "real").symlink_to(tmp_path / "theirs")
     for folder in ("mine", "linked"):
         assert "was not made by prepare.py" in error_line(*official(raw, tmp_path / folder))
-    before = content(prepared)
-    assert "size" in error_line(*official(raw, prepared), "--size", 32, 64)
-    assert content(prepared) == before
 
 
 def test_other_raw_frames_do_not_leak_into_an_old_folder(tmp_path):
@@ -144,20 +140,6 @@ def test_strict_stops_at_the_first_bad_frame(raw, tmp_path):
 
 
 # ------------------------------------------------------------------------- generic folders
-
-
-def test_frames_that_the_crop_does_not_fit(tmp_path):
-    """They are skipped with the reason."""
-    raw = fill(tmp_path / "raw", 4)
-    noise(8, (46, 64)).save(raw / "low.png"), noise(9, (48, 62)).save(raw / "narrow.png")
-    args = ["--synthetic", raw, "--real", raw, "--size", 24, 48, "--test", 1, "--out"]
-    good(*args, tmp_path / "some", "--crop", 18, 14, 30, 50)             # exactly that of the rest
-    skipped = record(tmp_path / "some")["skipped"]
-    assert len(skipped) == 4                                             # once per domain
-    assert all("--crop 18 14 30 50" in s for s in skipped)
-    assert sum("low.png" in s and "64x46" in s for s in skipped) == 2
-    line = error_line(*args, tmp_path / "none", "--crop", 18, 14, 30, 50, "--test", 5)
-    assert "synthetic/train: --test has taken all usable frames; the last bad one is " in line
 
 
 def test_the_papers_data_has_the_papers_crop(raw, tmp_path):
@@ -248,6 +230,9 @@ FRAMES = {
     "n" * 247 + ".png": (PHOTO, LABEL, ""),
     "n" * 248 + ".png": (PHOTO, LABEL, "name too long"),
     "deep label.png": (PHOTO, DEEP, "label ids 3000"),
+    "fits.png": (noise(2, (46, 60)), LABEL.crop((0, 0, 60, 46)), ""),          # SMALL's crop, just
+    "low.png": (noise(3, (45, 64)), LABEL.crop((0, 0, 64, 45)), "--crop 2 4 44 56 64x45"),
+    "narrow.png": (noise(4, (48, 59)), LABEL.crop((0, 0, 59, 48)), "--crop 2 4 44 56 59x48"),
     "unknown ids.png": (PHOTO, Image.new("L", (64, 48), 35), "label ids 35 are not labelIds"),
 }
 
@@ -278,6 +263,9 @@ def test_the_table_of_bad_input(tmp_path):
     assert text.count("\nskipped ") == 5 and "a domain has no labels" in text
     assert "none of the first" not in text
     assert not any((tmp_path / "out/real").glob("*/labels/*"))
+    line = error_line("--synthetic", root / "images", root / "labels", "--real", root / "images",
+                      "--out", tmp_path / "b", *SMALL[:-1], 20)
+    assert "synthetic/train: --test has taken all usable frames; the last bad one is " in line
 
 
 # --------------------------------------------------------------------- reading prepared folders

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +24,7 @@ from evaluate import weights_of
 from models import DeepLabV3Plus, load_inception
 from prepare import PALETTE, TABLE, check_domains, load_labels, names
 from support import cli
-from support.cli import UserError, path_of
+from support.cli import UserError, lock, write_text
 from support.training import to_float
 
 FLAGS = ["--crop", "none", "--size", 24, 48, "--workers", 1]
@@ -121,11 +120,14 @@ def test_what_lies_beside_the_labels_of_the_official_sets(raw, tmp_path):
     they are the labels. A missing gtFine/val, or only gtCoarse, is named."""
     shutil.copytree(raw, tmp_path / "raw")
     gta, cs = tmp_path / "raw/gtav", tmp_path / "raw/cityscapes"
-    for file in (gta / "labels").glob("*.png"):
-        noise(0).save(file.with_name(f"{file.stem}_labelTrainIds.png"))
+    beside = ["_labelTrainIds.png", "_instanceIds.png", "_color.png"]
+    for file in list((gta / "labels").glob("*.png")):
+        for ending in beside:
+            noise(0).save(file.with_name(file.stem + ending))
     command = ["prepare.py", "--gta5", gta, "--cityscapes", cs, "--test", 3, *FLAGS]
     call(*command, "--strict", cwd=tmp_path)
-    assert record(tmp_path / "data")["not_read"] == {"_labelTrainIds.png": 12}
+    not_read = record(tmp_path / "data")["not_read"]
+    assert not_read == dict.fromkeys(beside, 12) and [*not_read] == sorted(beside)
     for file in cs.rglob("*_labelIds.png"):
         new = file.with_name(file.name.replace("labelIds", "labelTrainIds"))
         Image.fromarray(TRAIN_IDS[np.array(Image.open(file))]).save(new)
@@ -170,9 +172,8 @@ FOUR_BITS = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAEAAAAAwBAAAAABB0M7CAAAAFUlEQVR42mNgGAWjYBSMglEwCggDAAYwAAE6snKcAAAA"
     "AElFTkSuQmCC")
 SIXTEEN_BITS = base64.b64decode(                     # and an RGB PNG of 16 bits a channel
-    "iVBORw0KGgoAAAANSUhEUgAAAEAAAAAwEAIAAAB+uTcLAAAAXElEQVR42u3RMQ0AAAzDsH7lz7gQdu6xwiBOqtcsAABAAAAI"
-    "AAABACAAAAQAgAAAEAAAAgBAAAAIAAABACAAAAQAgAAAEAAAAgBAAAAIAAABACAAAAQAgAAA0N0Afzf8AdUE1HYAAAAASUVO"
-    "RK5CYII=")
+    "iVBORw0KGgoAAAANSUhEUgAAAEAAAAAwEAIAAAB+uTcLAAAAKUlEQVR42u3BMQEAAADCoPVPbQ0PoAAAAAAAAAAAAAAA"
+    "AAAAAAAAgHcDSDAAARaVengAAAAASUVORK5CYII=")
 GREYS = np.arange(256).repeat(3).reshape(256, 3).astype(np.uint8)
 TRAIN_IDS = np.full(256, 255, np.uint8)
 TRAIN_IDS[[row[1] for row in TABLE]] = range(19)
@@ -284,15 +285,11 @@ def test_trainids_of_one_domain_beside_cityscapes_own(raw, project, tmp_path):
 
 
 def test_labels_among_the_images_are_none_of_them(tmp_path):
-    """Where they are not given as labels, they are refused."""
     fill(tmp_path / "raw", 6)
     for i in range(6):
         save(tmp_path / f"raw/labels/{i:02d}.png", blocks(i))
     (tmp_path / "raw/99.png").symlink_to("00.png")                     # one frame, two names
     save(tmp_path / "raw/labels/03.bmp", blocks(9))                    # of two labels the PNG
-    _, err = call("prepare.py", "--synthetic", "raw", "--real", "raw", *FLAGS, cwd=tmp_path,
-                  status=2)
-    assert "raw/labels/" in err and "raw was given for its images; give the folder" in err
     call("prepare.py", "--synthetic", "raw", "raw/../raw/labels", "--real", "raw", "raw/labels",
          *FLAGS, cwd=tmp_path)
     said = record(tmp_path / "data")
@@ -374,14 +371,6 @@ def test_a_domain_of_other_images_is_named(fresh):
         source.write_bytes(before)
 
 
-def test_paths_have_a_home(tmp_path, monkeypatch):
-    """--out=~/x is the home folder's, which no shell has replaced. That every path of a script is
-    a path_of: test_commands.py, of all flags."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert path_of("~/x") == tmp_path / "x"
-    assert path_of("~nobody-here/x") == Path("~nobody-here/x")           # a folder of that name
-
-
 def test_figures_need_no_backend_and_printing_no_unicode(tmp_path):
     """A notebook's environment names a backend that a script may lack; ± is printed as ?."""
     done = subprocess.run(
@@ -420,6 +409,59 @@ def test_a_damaged_download_names_the_file_to_delete(tmp_path, monkeypatch, file
     kept.write_bytes(b"<html>404</html>")
     with pytest.raises(UserError, match=f"{file} is damaged; delete it"):
         load_inception() if "inception" in file else DeepLabV3Plus(backbone_weights="imagenet")
+
+
+# --------------------------------------------------- a second process, memory, a killed worker
+
+
+@pytest.mark.parametrize("folder, command", [
+    ("runs/ours", ["pretrain.py", "--method", "simgan", "--run", "runs/ours", "--overwrite"]),
+    ("runs/ours", ["train_gan.py"]), ("data", ["prepare.py", "--demo"]),
+    ("base/seed0", ["study/run.py", "x", "--prepare", "a", "--base", "base", "--seeds", 0, "--rows",
+                    "real", "--inception", "random", "--epochs", 1, "--deeplab", "--random-crops"]),
+    ("data/new", ["refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "data/new"]),
+    ("new", ["refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--out", "new", "--images",
+             "data/real/test/images"])])
+def test_every_stage_that_writes_keeps_out_of_a_locked_folder(fresh, folder, command):
+    lock(fresh / folder)
+    write_text(fresh / "base/stamps/prepare", "prepare.py --out base/data a")    # done, for study
+    before = sorted(fresh.rglob("*"))
+    _, err = call(*command, cwd=fresh, status=2)
+    assert f"error: {folder}: another process" in err
+    assert sorted(fresh.rglob("*")) == before
+
+
+# What torch.compile raises where there is no compiler; not in every PyTorch.
+InductorError = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+
+
+@pytest.mark.parametrize("error, words", [
+    (MemoryError(), ["--batch-size", "--size"]),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), ["--batch-size"]),
+    (RuntimeError("MPS backend out of memory"), ["--batch-size"]),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+     ["--batch-size"]), (InductorError("No C++ compiler"), ["--compile does not work here"]),
+    (ZeroDivisionError("a mistake of ours keeps its traceback"), None)])
+def test_what_a_user_can_mend_is_one_line(error, words, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit if words else ZeroDivisionError) as stop:
+        cli.start(main)
+    if words:
+        assert stop.value.code == 2
+        err = capsys.readouterr().err
+        assert ": error: " in err and err.count("\n") == 1
+        assert all(word in err for word in words), err
+
+
+def test_a_worker_that_is_killed(tmp_path, monkeypatch):
+    """As the kernel does when memory runs out: one line that names --workers."""
+    def broken(*_, **__):
+        raise cli.BrokenProcessPool("abruptly")
+    monkeypatch.setattr(cli.ProcessPoolExecutor, "map", broken)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--demo", "--out", str(tmp_path / "d")])
+    with pytest.raises(UserError, match="--workers"):
+        prepare.main()
 
 
 # ------------------------------------------------------------------ FID as pytorch-fid computes it
