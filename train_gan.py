@@ -16,7 +16,7 @@ Writes  runs/METHOD/average.pt  R averaged over the last steps: what refine.py t
     python train_gan.py --resume                    go on after a stop, with the same flags
     python train_gan.py --resume --steps 8000       go further, after 2000 steps or more
 
-A step of batch 4 takes 2 s at 80 x 160 on two cores; the time is linear in images and pixels.
+A step of batch 4 takes 2.3 s at 80 x 160 on two cores; the time is linear in images and pixels.
 """
 import copy
 import math

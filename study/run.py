@@ -14,8 +14,8 @@ Writes  runs/study/NAME/seedN/{data,runs,results}/   large; laid out as a user's
 
 The same command goes on after a stop: a finished step is not run again; other flags of a training
 want another NAME. --seeds or --rows does a part of the study; two commands with other --seeds can
-run side by side; a machine that gets the record of another one adds its own seeds to it. Nothing
-but numbers and curves leaves runs/: street frames may not be passed on.
+run side by side; a machine that gets the record of another one adds its own seeds to it. It writes
+nothing but numbers and curves outside runs/: street frames may not be passed on.
 """
 import shlex
 import shutil
