@@ -216,9 +216,9 @@ def vehicle(canvas, rng, x, z, kind, facing):
         blocks = [(0, length, 0.16 * h, 0.58 * h, 0.05, colour, 0),
                   (bonnet, length - boot, 0.57 * h, h, 0.42, colour, 2)]
     elif kind == TRUCK:
-        start, cab = (0, length - 2) if rear else (2.2, 0)
-        cargo = (start, start + length - 2.2, 0.8, h, 0, (214, 210, 200), 0)
-        cab = (cab, cab + 2, 0.5, 0.78 * h, 0.1, colour, 1)
+        box_at, cab_at = (0, length - 2) if rear else (2.2, 0)
+        cargo = (box_at, box_at + length - 2.2, 0.8, h, 0, (214, 210, 200), 0)
+        cab = (cab_at, cab_at + 2, 0.5, 0.78 * h, 0.1, colour, 1)
         blocks = [cab, cargo] if rear else [cargo, cab]
     else:
         parts, step = (1, length) if kind == BUS else (3, length / 3)
@@ -414,7 +414,7 @@ def shrink(canvas):
         (canvas.layers["colour"], canvas.layers["light"], canvas.layers["depth"], sky))
     middle = SCALE // 2
     return (colour / 255, light / 255, depth, sky / 255,
-            label[middle::SCALE, middle::SCALE].copy())
+            label[middle::SCALE, middle::SCALE])
 
 
 def saturate(colour, factor):
