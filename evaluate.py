@@ -45,14 +45,14 @@ def measure(images, features, real, real_features):
         for name, metric in (("fid", fid), ("kid", kid)):
             found[name] = (metric(features, real_features),
                            leave_out(metric, features, real_features))
-    # L = 255 is the range of the images; L = 1 is most plausibly what the paper's tool was told:
-    # there C2 is so small that float32 would round it away.
+    # L = 255 is the range of the images, L = 1 most likely the one that the paper's tool assumed.
+    # In float64, since float32 loses C2 = 0.0009 beside squares of up to 255^2.
     for name, max_val in (("ssim", 255), ("ssim_range1", 1)):
         values = []
         for x, y in zip(images.split(64), real.split(64)):
             values.append(ssim(x.double(), y.double(), max_val))
         values = torch.cat(values)
-        without_i = (values.sum() - values) / (len(values) - 1)      # so its error: std / sqrt(N)
+        without_i = (values.sum() - values) / (len(values) - 1)      # the error is std / sqrt(N)
         found[name] = (values.mean().item(), without_i)
     return found
 
@@ -65,13 +65,13 @@ def with_error(value, replicates):
 
 
 def difference(row, other):
-    """`row` minus `other`, metric by metric, with paired errors: the images that both have in
-    common cancel. "sure" is false where the 95 % interval contains 0."""
+    """`row` minus `other`, both of `measure`, with the error of the paired differences. "sure" is
+    false where the 95 % interval contains 0."""
     result = {}
-    for m in row:
-        if m in other:
-            d = with_error(row[m][0] - other[m][0], row[m][1] - other[m][1])
-            result[m] = {**d, "sure": not d["low"] <= 0 <= d["high"]}
+    for metric, (value, replicates) in row.items():
+        if metric in other:
+            change = with_error(value - other[metric][0], replicates - other[metric][1])
+            result[metric] = {**change, "sure": not change["low"] <= 0 <= change["high"]}
     return result
 
 
@@ -175,10 +175,11 @@ def choose(folder, domains, args):
         raise UserError(f"--n {n}: the smallest folder of {folder} has {smallest} images, and "
                         "3 is the least that has a standard error")
     if n < 2000:
-        print(f"warning: N = {n} is small for FID: its bias is about 1/N, so compare rows with "
+        print(f"warning: N = {n} is small for FID: its bias falls as 1/N, so compare rows with "
               "each other and with the floor, never with other papers")
     random = np.random.default_rng(args.pair_seed)
-    real, others, scenes = (random.permutation(some)[:n] for some in (real, others, scenes))
+    real, others = random.permutation(real)[:n], random.permutation(others)[:n]
+    scenes = random.permutation(scenes)[:n]
     images = {}
     for d in domains:
         images[d] = Images([folder / d / f"test/images/{name}.png" for name in scenes])

@@ -1,6 +1,6 @@
-"""The networks of the paper, then its metrics, written by hand: this is where to read them.
+"""The networks of the paper, then its metrics.
 
-Inception V3, psi of the perceptual loss (Eq 5) and of FID, is loaded in support/inception.py.
+Inception V3, psi of the perceptual loss (Eq 5) and the features of FID, is in support/inception.py.
 Images enter a network as float32 in [-1, 1], [N, 3, H, W]; everywhere else they are uint8.
 """
 import torch
@@ -20,8 +20,8 @@ from support.training import load_weights
 class ResnetBlock(nn.Module):
     """Two 4x4 convolutions with 64 maps and the identity beside them (section 5.1).
 
-    An even kernel cannot be centred: padding 1 and then 2 makes H-1 and then H again, so that
-    the block as a whole is. The padding reflects the image; with zeros R paints a frame.
+    [N, maps, H, W] to the same. A 4x4 kernel has no centre: padding 1 gives H-1 rows, then
+    padding 2 gives H, so the whole block is centred. Reflected, since zeros would show as a frame.
     """
 
     def __init__(self, maps=64):
@@ -48,8 +48,8 @@ class Refiner(nn.Module):
         self.last = nn.Conv2d(maps, 3, 1)
 
     def forward(self, x):
-        x = F.relu(self.first(F.pad(x, (1, 2, 1, 2), mode="reflect")))
-        return torch.tanh(self.last(self.blocks(x)))
+        x = F.relu(self.first(F.pad(x, (1, 2, 1, 2), mode="reflect")))    # [N, maps, H, W]
+        return torch.tanh(self.last(self.blocks(x)))                      # [N, 3, H, W]
 
 
 # ------------------------------------------------------------------- discriminator, Table 1
@@ -97,7 +97,7 @@ REAL, REFINED = 0, 1                                   # D's two classes
 
 
 def patch_loss(logits, target):
-    """-log P(target) as the mean over patches and batch; target: REAL or REFINED."""
+    """-log P(target), mean over patches and batch; logits [N, 2, h, w], target REAL or REFINED."""
     return -F.log_softmax(logits.float(), dim=1)[:, target].mean()
 
 
@@ -143,10 +143,10 @@ class UNet(nn.Module):
         x3 = self.down3(F.max_pool2d(x2, 2))                      # 128 x 20 x 40
         x4 = self.down4(F.max_pool2d(x3, 2))                      # 256 x 10 x 20
         x = self.bottom(F.max_pool2d(x4, 2))                      # 512 x 5 x 10
-        x = self.merge4(torch.cat([x4, self.up4(x)], 1))
-        x = self.merge3(torch.cat([x3, self.up3(x)], 1))
-        x = self.merge2(torch.cat([x2, self.up2(x)], 1))
-        x = self.merge1(torch.cat([x1, self.up1(x)], 1))
+        x = self.merge4(torch.cat([x4, self.up4(x)], 1))          # 256 x 10 x 20
+        x = self.merge3(torch.cat([x3, self.up3(x)], 1))          # 128 x 20 x 40
+        x = self.merge2(torch.cat([x2, self.up2(x)], 1))          # 64 x 40 x 80
+        x = self.merge1(torch.cat([x1, self.up1(x)], 1))          # 32 x 80 x 160
         return self.head(x)[..., :height, :width]
 
 
@@ -160,14 +160,14 @@ class DeepLabV3Plus(nn.Module):
 
     def __init__(self, classes=19, backbone_weights=None):
         super().__init__()
-        b = resnet50(weights=None, replace_stride_with_dilation=[False, False, True])   # stride 16
-        b.fc = nn.Identity()                                  # no file needs a classifier
+        resnet = resnet50(weights=None, replace_stride_with_dilation=[False, False, True])
+        resnet.fc = nn.Identity()                    # so that a weights file needs no classifier
         if backbone_weights:
-            load_weights(b, backbone_weights, "--backbone-weights",
+            load_weights(resnet, backbone_weights, "--backbone-weights",
                          ResNet50_Weights.IMAGENET1K_V2, "none")
-        self.stem = nn.Sequential(b.conv1, b.bn1, b.relu, b.maxpool)
-        self.layer1 = b.layer1
-        self.deep = nn.Sequential(b.layer2, b.layer3, b.layer4)
+        self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
+        self.layer1 = resnet.layer1
+        self.deep = nn.Sequential(resnet.layer2, resnet.layer3, resnet.layer4)
         self.aspp = ASPP(2048, [6, 12, 18])
         self.low = nn.Sequential(nn.Conv2d(256, 48, 1, bias=False), nn.BatchNorm2d(48),
                                  nn.ReLU())
@@ -203,12 +203,19 @@ def inception_features(net, images, device, title="Inception features"):
     return features
 
 
+def check_features(a, b):
+    """ValueError unless a and b are [N1, d] and [N2, d] with two images or more each."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"wanted features [N, d] of 2 images or more, not {tuple(a.shape)} and "
+                         f"{tuple(b.shape)}")
+
+
 def fid(features_a, features_b):
     """Frechet Inception Distance of two feature sets, [N1, d] and [N2, d] -> float >= 0.
 
-    FID = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr sqrt(S1 S2)   (Heusel et al. 2017), in float64,
-    S with N - 1. With S1 = a'a and S2 = b'b the product S1 S2 = a'(a b')b has the eigenvalues of
-    (a b')(a b')', so the last trace is the sum of the singular values of a b': no d x d root.
+    FID = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr sqrt(S1 S2)   (Heusel et al. 2017), in float64, of
+    means m and covariances S (over N - 1). With S1 = a'a and S2 = b'b the product S1 S2 has the
+    eigenvalues of (a b')(a b')', so tr sqrt(S1 S2) is the sum of the singular values of a b'.
     Raises ValueError for fewer than 2 images or unequal d.
     """
     check_features(features_a, features_b)
@@ -222,18 +229,11 @@ def fid(features_a, features_b):
     return max(value.item(), 0.0)                              # -1e-13 on equal sets
 
 
-def check_features(a, b):
-    """ValueError unless a and b are [N1, d] and [N2, d] with two images or more each."""
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"wanted features [N, d] of 2 images or more, not {tuple(a.shape)} and "
-                         f"{tuple(b.shape)}")
-
-
 def kid(features_a, features_b):
     """Kernel Inception Distance (Binkowski et al. 2018): the unbiased squared MMD -> float.
 
-    Kernel k(x, y) = (x.y / d + 1)^3, over all pairs of different images. Unlike FID it has
-    no bias, so it can be a little below 0 for equal distributions. Raises ValueError as `fid` does.
+    Kernel k(x, y) = (x.y / d + 1)^3, no image with itself. Unlike FID it has no bias, so it can be
+    a little below 0 for equal distributions. Raises ValueError as `fid` does.
     """
     check_features(features_a, features_b)
     a, b = features_a.double(), features_b.double()
@@ -245,7 +245,7 @@ def kid(features_a, features_b):
 
 
 def ssim(x, y, max_val=255):
-    """Structural similarity (Wang et al. 2004) of image pairs: [N, 3, H, W] twice -> [N].
+    """Structural similarity (Wang et al. 2004) of pairs in 0..255: [N, 3, H, W] twice -> [N] <= 1.
 
         (2 mu_x mu_y + C1) (2 sigma_xy + C2)
         ------------------------------------------------------------   L = max_val
@@ -261,11 +261,11 @@ def ssim(x, y, max_val=255):
     x, y = x / max_val, y / max_val                            # now L = 1
     C1, C2 = 0.01 ** 2, 0.03 ** 2
     mu_x, mu_y = gaussian_mean(x), gaussian_mean(y)
-    sigma_xx_yy = gaussian_mean(x * x + y * y) - mu_x ** 2 - mu_y ** 2
+    variances = gaussian_mean(x * x + y * y) - mu_x ** 2 - mu_y ** 2    # sigma_x^2 + sigma_y^2
     sigma_xy = gaussian_mean(x * y) - mu_x * mu_y
     luminance = (2 * mu_x * mu_y + C1) / (mu_x ** 2 + mu_y ** 2 + C1)
-    structure = (2 * sigma_xy + C2) / (sigma_xx_yy + C2)
-    return (luminance * structure).mean((1, 2, 3))
+    contrast_structure = (2 * sigma_xy + C2) / (variances + C2)
+    return (luminance * contrast_structure).mean((1, 2, 3))
 
 
 def gaussian_mean(maps):
@@ -287,8 +287,8 @@ def window_matrix(n, like):
 
 def leave_out(metric, *sets):
     """metric(*sets) with the i-th group left out of every set at once: float64 [groups]; 20 groups,
-    or as many as the smallest set has elements. Element k of a set is in group k mod groups: pairs
-    stay pairs, so what chance does to two rows alike is not in the difference of their values."""
+    or as many as the smallest set has elements. Element k of every set is in group k mod groups, so
+    pairs are left out together."""
     groups = min(20, *map(len, sets))
     values = []
     for i in range(groups):

@@ -52,7 +52,7 @@ PALETTE = palette_of(TABLE)                          # uint8 [256, 3]; void, IGN
 def names(folder):
     """Sorted names (no suffix) of the images of a split folder like data/real/train.
 
-    Raises UserError if there is none, or if the run that makes them has not finished."""
+    UserError if there is none, one is no PNG, or the run that makes them has not finished."""
     images = Path(folder) / "images"
     above = images.absolute().parents
     for record in (above[1] / "refine.json", above[2] / "prepare.json"):
@@ -92,13 +92,13 @@ def load_labels(folder):
 def check_domains(folder, domains, splits):
     """UserError unless these domains below `folder` can be compared: images of one size, and every
     refined domain made of its source as that is today."""
-    sizes = {}
-    for here in [folder / domain / split for domain in domains for split in splits]:
-        sizes[here] = read_stack(files_of(here)[:1], "RGB").shape[2:]
-        first = next(iter(sizes))
-        if sizes[here] != sizes[first]:
+    folders = [folder / domain / split for domain in domains for split in splits]
+    wanted = read_stack(files_of(folders[0])[:1], "RGB").shape[2:]
+    for here in folders:
+        size = read_stack(files_of(here)[:1], "RGB").shape[2:]
+        if size != wanted:
             raise UserError("{}: images are {} x {}, those of {} are {} x {}; prepare both with "
-                            "one --size".format(here, *sizes[here], first, *sizes[first]))
+                            "one --size".format(here, *size, folders[0], *wanted))
         made = read_record(here.parent / "refine.json")
         source = folder / Path(made.get("source", "synthetic")).name / here.name
         if made and (source / "images").is_dir():
@@ -146,7 +146,7 @@ def find(domain, args):
 
 def hold_out(domain, train, test, args, rng):
     """The test part, in random order, and the training part of a domain. Without official test
-    frames some are held out: 200 or a fifth."""
+    frames --test of them are held out, or a fifth, 3 to 200."""
     if test is None:
         n = args.test or min(200, max(len(train) // 5, min(3, len(train) // 2)))
         if not 0 < n < len(train):
@@ -226,9 +226,9 @@ def make_frame(frame, folder, args):
 
 
 def make_toy(frame, folder, args):
-    """Draw one toy scene, a pure function of domain, name and seed; see support/toytown.py."""
-    number = (args.seed, folder.name == "test", int(frame.name))
-    image, label = map(Image.fromarray, toytown.draw(folder.parent.name, number, args.size))
+    """Draw one toy scene, which domain, split, name, --seed and --size decide; a Made."""
+    seed = (args.seed, folder.name == "test", int(frame.name))
+    image, label = map(Image.fromarray, toytown.draw(folder.parent.name, seed, args.size))
     return save_pair(folder, frame.name, image, label, args)
 
 

@@ -68,39 +68,6 @@ def update_D(D, optimizer, x, y):
     return {"network": "D", "loss": loss.detach(), "accuracy": right.float().mean()}
 
 
-def arguments():
-    p = parser(__doc__)
-    add_training_flags(p)
-    p.add_argument("--method", choices=["ours", "simgan"], default="ours",
-                   help="ours: perceptual loss; simgan: L1")
-    p.add_argument("--steps", type=positive(int), default=1200, help="(paper) steps of R")
-    p.add_argument("--d-steps", type=positive(int), default=400, help="(paper) steps of D")
-    p.add_argument("--lr", type=positive(float), default=1e-4, help="(paper) of R")
-    p.add_argument("--d-lr", type=positive(float), default=1e-3, help="(paper) of D")
-    p.add_argument("--layer", default="Conv2d_4a_3x3", help="psi_j of Eq 5, ours only")
-    add_inception_flag(p)
-    p.add_argument("--final-relu", action="store_true", help="the last ReLU of Table 1")
-    p.add_argument("--d-stride", type=positive(int), default=3,
-                   help="(paper) stride of D's first layer: patches of 50 x 50 pixels; 1: 20 x 20")
-    p.add_argument("--save-every", type=positive(int), default=200, help="steps")
-    args = p.parse_args()
-    args.run = args.run or Path("runs") / args.method
-    return args
-
-
-@torch.no_grad()
-def summarise(path, R, images, rows, args):
-    """Draw pretrain.png from uint8 images; print the means of the last 50 steps of each network."""
-    refined = to_uint8(R(to_float(images)))
-    save_grid(path, {"synthetic": images, "R(synthetic)": refined,
-                     "|difference|": (refined.int() - images.int()).abs().byte()})
-    rows_R, rows_D = rows[:args.steps][-50:], rows[args.steps:][-50:]
-    change = fmean(row["mean_change"] for row in rows_R)
-    loss, accuracy = fmean(row["loss"] for row in rows_D), fmean(row["accuracy"] for row in rows_D)
-    print(f"R: mean |R(x) - x| = {change:.3f} with x in [-1, 1] (0 is the identity); D: loss "
-          f"{loss:.3f} (2 ln 2 = 1.386 is guessing), accuracy {accuracy:.2f}")
-
-
 def train(R, D, psi, synthetic, real, args, device, settings, saved):
     """--steps updates of R, then --d-steps of D; images uint8 [N, 3, H, W]. Returns the log."""
     n = args.batch_size
@@ -123,6 +90,39 @@ def train(R, D, psi, synthetic, real, args, device, settings, saved):
     return training.rows
 
 
+@torch.no_grad()
+def summarise(path, R, images, rows, args):
+    """Draw pretrain.png from uint8 images; print the means of the last 50 steps of each network."""
+    refined = to_uint8(R(to_float(images)))
+    save_grid(path, {"synthetic": images, "R(synthetic)": refined,
+                     "|difference|": (refined.int() - images.int()).abs().byte()})
+    rows_R, rows_D = rows[:args.steps][-50:], rows[args.steps:][-50:]
+    change = fmean(row["mean_change"] for row in rows_R)
+    loss, accuracy = fmean(row["loss"] for row in rows_D), fmean(row["accuracy"] for row in rows_D)
+    print(f"R: mean |R(x) - x| = {change:.3f} with x in [-1, 1] (0 is the identity); D: loss "
+          f"{loss:.3f} (2 ln 2 = 1.386 is guessing), accuracy {accuracy:.2f}")
+
+
+def arguments():
+    p = parser(__doc__)
+    add_training_flags(p)
+    p.add_argument("--method", choices=["ours", "simgan"], default="ours",
+                   help="ours: perceptual loss; simgan: L1")
+    p.add_argument("--steps", type=positive(int), default=1200, help="(paper) steps of R")
+    p.add_argument("--d-steps", type=positive(int), default=400, help="(paper) steps of D")
+    p.add_argument("--lr", type=positive(float), default=1e-4, help="(paper) of R")
+    p.add_argument("--d-lr", type=positive(float), default=1e-3, help="(paper) of D")
+    p.add_argument("--layer", default="Conv2d_4a_3x3", help="psi_j of Eq 5, ours only")
+    add_inception_flag(p)
+    p.add_argument("--final-relu", action="store_true", help="the last ReLU of Table 1")
+    p.add_argument("--d-stride", type=positive(int), default=3,
+                   help="(paper) stride of D's first layer: patches of 50 x 50 pixels; 1: 20 x 20")
+    p.add_argument("--save-every", type=positive(int), default=200, help="steps")
+    args = p.parse_args()
+    args.run = args.run or Path("runs") / args.method
+    return args
+
+
 def main():
     args = arguments()
     device = pick_device(args.device, args.precision)
@@ -139,9 +139,7 @@ def main():
     # 2. The networks: psi of Eq 5, R and D.
     psi = None
     if args.method == "ours":
-        # The seed is for --inception random alone.
-        psi = load_inception(args.inception, args.layer, images=real, seed=args.seed)
-        psi = place(psi, device)
+        psi = place(load_inception(args.inception, args.layer, real, args.seed), device)
     torch.manual_seed(args.seed)
     R = place(Refiner(), device, learning=True)
     D = place(Discriminator(args.final_relu, args.d_stride), device, learning=True)

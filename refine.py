@@ -35,45 +35,6 @@ from support.training import (add_device_flag, load_checkpoint, pick_device, pla
 TILE, MARGIN = 768, 24      # pixels; R sees 16 of them above and to the left, 17 below and right
 
 
-def arguments():
-    p = parser(__doc__)
-    add_device_flag(p)
-    p.add_argument("--method", choices=["ours", "simgan"], default="ours", help="whose R")
-    p.add_argument("--checkpoint", type=path_of, help="(default: runs/METHOD/average.pt)")
-    p.add_argument("--data", type=path_of, default=Path("data/synthetic"), help="a domain folder")
-    p.add_argument("--images", type=path_of, help="a picture or a folder, instead of --data")
-    p.add_argument("--out", type=path_of, help="(default: METHOD beside --data)")
-    p.add_argument("--size", type=positive(int), nargs=2, metavar=("H", "W"), help="of --images: "
-                   "refine at this size, that of R's training, and scale back")
-    p.add_argument("--batch-size", type=positive(int), default=16, help="images of --data a batch")
-    args = p.parse_args()
-    if (args.images or args.checkpoint) and not args.out:
-        p.error("--images and --checkpoint want --out, a folder for what is refined")
-    if args.size and (not args.images or min(args.size) < 4 or max(args.size) > 4096):
-        p.error("--size goes with --images and is from 4 x 4 to 4096 x 4096")
-    args.checkpoint = args.checkpoint or Path("runs") / args.method / "average.pt"
-    args.out = args.out or Path(os.path.normpath(args.data / ".." / args.method))
-    return args
-
-
-def check_out(args, record):
-    """UserError if --out was not made by refine.py, lies in what is to be refined, or holds
-    pictures of other --images or, with --images, of another R or --size."""
-    out, source, made = args.out.resolve(), args.images or args.data, args.out / "refine.json"
-    own = (".lock", "refine.json.tmp")       # a kill before refine.json leaves no more than these
-    if out.exists() and any(p.name not in own for p in out.iterdir()) and not made.is_file():
-        raise UserError(f"{args.out}: is there already and was not made by refine.py; choose "
-                        "another --out")
-    if source.resolve() in (out, *out.parents):
-        raise UserError(f"--out {args.out} lies in {'--images' if args.images else '--data'} "
-                        "itself; choose another --out")
-    old = read_record(made) or record
-    for key in ("images", "sha256", "size") if args.images else ("images",):
-        if old.get(key) != record.get(key):
-            raise UserError(f"{args.out}: was made with {key} = {old.get(key)}, not "
-                            f"{record.get(key)}; choose another --out")
-
-
 # --------------------------------------------------------------------------- a prepared domain
 
 
@@ -164,6 +125,48 @@ def refine_pictures(R, args, record, device):
           f"files not read: {by_ending(others)}")
 
 
+# -------------------------------------------------------------------------------- the command
+
+
+def arguments():
+    p = parser(__doc__)
+    add_device_flag(p)
+    p.add_argument("--method", choices=["ours", "simgan"], default="ours", help="whose R")
+    p.add_argument("--checkpoint", type=path_of, help="(default: runs/METHOD/average.pt)")
+    p.add_argument("--data", type=path_of, default=Path("data/synthetic"), help="a domain folder")
+    p.add_argument("--images", type=path_of, help="a picture or a folder, instead of --data")
+    p.add_argument("--out", type=path_of, help="(default: METHOD beside --data)")
+    p.add_argument("--size", type=positive(int), nargs=2, metavar=("H", "W"), help="of --images: "
+                   "refine at this size, that of R's training, and scale back")
+    p.add_argument("--batch-size", type=positive(int), default=16, help="images of --data a batch")
+    args = p.parse_args()
+    if (args.images or args.checkpoint) and not args.out:
+        p.error("--images and --checkpoint want --out, a folder for what is refined")
+    if args.size and (not args.images or min(args.size) < 4 or max(args.size) > 4096):
+        p.error("--size goes with --images and is from 4 x 4 to 4096 x 4096")
+    args.checkpoint = args.checkpoint or Path("runs") / args.method / "average.pt"
+    args.out = args.out or Path(os.path.normpath(args.data / ".." / args.method))
+    return args
+
+
+def check_out(args, record):
+    """UserError if --out was not made by refine.py, lies in what is to be refined, or was made with
+    other --images; if --images are given, also if by another R or --size."""
+    out, source, made = args.out.resolve(), args.images or args.data, args.out / "refine.json"
+    own = (".lock", "refine.json.tmp")       # a kill before refine.json leaves no more than these
+    if out.exists() and any(p.name not in own for p in out.iterdir()) and not made.is_file():
+        raise UserError(f"{args.out}: is there already and was not made by refine.py; choose "
+                        "another --out")
+    if source.resolve() in (out, *out.parents):
+        raise UserError(f"--out {args.out} lies in {'--images' if args.images else '--data'} "
+                        "itself; choose another --out")
+    old = read_record(made) or record
+    for key in ("images", "sha256", "size") if args.images else ("images",):
+        if old.get(key) != record.get(key):
+            raise UserError(f"{args.out}: was made with {key} = {old.get(key)}, not "
+                            f"{record.get(key)}; choose another --out")
+
+
 def main():
     args = arguments()
     device = pick_device(args.device)
@@ -178,7 +181,7 @@ def main():
               "sha256": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:16]}
     if args.images:
         record["images"] = str(args.images.resolve())
-    else:                         # a link by its own name: check_domains looks for it beside --out
+    else:        # links not resolved: check_domains looks beside --out for a folder of this name
         record["source"] = os.path.abspath(args.data)
     check_out(args, record)
     announce("refine.py", device, args.seed, f"{args.checkpoint} (step {state['step']}) and "

@@ -69,18 +69,18 @@ def scores(matrix):
     IoU = TP / (TP + FP + FN) over the whole test set. A class absent from truth and prediction has
     none (nan) and is left out of the mean, as in cityscapesScripts."""
     m = matrix.double()
-    hit = m.diag()
-    union = m.sum(0) + m.sum(1) - hit
-    iou = hit / union                                         # 0 / 0 is nan
+    tp = m.diag()
+    union = m.sum(0) + m.sum(1) - tp                          # TP + FP + FN
+    iou = tp / union                                          # 0 / 0 is nan
     return {"mIoU": iou.nanmean().item(),
-            "accuracy": (100 * hit.sum() / m.sum()).item(),
+            "accuracy": (100 * tp.sum() / m.sum()).item(),
             "IoU": iou.tolist(), "classes": int((union > 0).sum())}
 
 
 # ------------------------------------------------------------------------- train and test
 
 
-def random_parts(x, y):
+def random_crops(x, y):
     """A random part of every image and of its label, a quarter of it or more, at the size of the
     whole: uint8 [n, 3, H, W] and integers [n, H, W] to the same."""
     height, width = x.shape[-2:]
@@ -110,7 +110,7 @@ def train(net, images, labels, args, device, title):
             x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
             y = torch.where(mirror[:, None, None], y.flip(-1), y)
             if args.random_crops:
-                x, y = random_parts(x, y)
+                x, y = random_crops(x, y)
             with autocast(device, args.precision):
                 logits = net(to_float(x)).float()             # [batch, classes, H, W]
             loss = F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="sum")
@@ -161,6 +161,26 @@ def build(network, args):
     return UNet(classes) if network == "unet" else DeepLabV3Plus(classes, args.backbone_weights)
 
 
+def train_and_test(network, data, rows, columns, args, device):
+    """One of the paper's networks: {seed: {trained on: {tested on: scores}}}, the same with
+    confusion matrices, and the first seed's predictions on real, {trained on: [N, H, W]}."""
+    by_seed, matrices, pictures = {}, {}, {}
+    for seed in args.seeds:
+        by_seed[seed], matrices[seed] = {}, {}
+        for row in rows:
+            net = trained(network, row, seed, data[row, "train"], args, device)
+            found = {}
+            for d in columns:
+                images, labels = data[d, "test"]
+                predicted = predict(net, images, args, device)
+                found[d] = confusion(labels, predicted, len(args.table))
+                if d == "real":
+                    pictures.setdefault(row, predicted)
+            by_seed[seed][row] = {d: scores(m) for d, m in found.items()}
+            matrices[seed][row] = {d: m.tolist() for d, m in found.items()}
+    return by_seed, matrices, pictures
+
+
 # -------------------------------------------------------------------------------- the report
 
 
@@ -178,14 +198,14 @@ def of_seeds(by_seed, row, column, metric):
             if column in by_domain.get(row, {})]
 
 
-def matrix_table(metric, paper_of_network, by_seed, rows, columns):
-    """Trained x tested, the paper's cells bold and its figures beside them, as Markdown."""
+def matrix_table(metric, paper_rows, by_seed, rows, columns):
+    """Trained x tested as Markdown, the cells of paper_rows, {trained on: its three}, bold."""
     unit, digits = ("fraction", 3) if metric == "mIoU" else ("%", 1)
     lines = []
     for row in rows:
         cells = [row]
         refined = "simgan" if row == "simgan" else "ours"
-        paper = dict(zip(("synthetic", refined, "real"), paper_of_network.get(row, ())))
+        paper = dict(zip(("synthetic", refined, "real"), paper_rows.get(row, ())))
         for column in columns:
             text = mean_spread(of_seeds(by_seed, row, column, metric), digits)
             if column in paper and text != "-":
@@ -301,7 +321,8 @@ def load_domains(args):
             folder = args.data / d / split
             if not any((folder / "labels").glob("*.png")):
                 raise UserError(f"{folder}: has no labels; prepare.py takes them beside the images")
-            images, labels = data[d, split] = load_images(folder), load_labels(folder)
+            images, labels = load_images(folder), load_labels(folder)
+            data[d, split] = images, labels
             known = labels[labels != IGNORE]
             if not len(known):
                 raise UserError(f"{folder}/labels: every pixel is void, so nothing can be learned "
@@ -314,25 +335,6 @@ def load_domains(args):
         order = torch.from_numpy(np.random.default_rng(args.seed).permutation(len(images))[:count])
         data[d, "train"] = images[order], labels[order]
     return data, domains, count
-
-
-def train_and_test(network, data, rows, columns, args, device):
-    """One of the paper's networks: {seed: {trained on: {tested on: scores}}}, the same with
-    confusion matrices, and the first seed's predictions on real, {trained on: [N, H, W]}."""
-    by_seed, matrices, pictures = {}, {}, {}
-    for seed in args.seeds:
-        by_seed[seed], matrices[seed] = {}, {}
-        for row in rows:
-            net, found = trained(network, row, seed, data[row, "train"], args, device), {}
-            for d in columns:
-                images, labels = data[d, "test"]
-                predicted = predict(net, images, args, device)
-                found[d] = confusion(labels, predicted, len(args.table))
-                if d == "real":
-                    pictures.setdefault(row, predicted)
-            by_seed[seed][row] = {d: scores(m) for d, m in found.items()}
-            matrices[seed][row] = {d: m.tolist() for d, m in found.items()}
-    return by_seed, matrices, pictures
 
 
 def main():

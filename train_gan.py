@@ -16,7 +16,7 @@ Writes  runs/METHOD/average.pt  R averaged over the last steps: what refine.py t
     python train_gan.py --resume                    go on after a stop, with the same flags
     python train_gan.py --resume --steps 8000       go further, after 2000 steps or more
 
-A step of batch 4 takes 2.3 s at 80 x 160 on two cores; the time is linear in images and pixels.
+The 5000 steps of 16 images, 80 x 160, take two cores half a day; linear in images and pixels.
 """
 import copy
 import math
@@ -35,14 +35,14 @@ from support.training import (OPTIMIZERS, Batches, Training, add_training_flags,
                               rebuild, save_checkpoint, saved_run, settings_of, to_float, to_uint8)
 
 VALUES = 3 * 80 * 160                                  # of one image in the paper
-WARM_UP = 1000     # no best step before it: at first D is fooled easily, no merit of R
+WARM_UP = 1000        # steps (at most half of a run) without a best one: D is easily fooled yet
 COLUMNS = ["loss_adv", "loss_rec", "d_loss_real", "d_loss_refined", "d_acc_real",
            "d_acc_refined", "mean_change", "history", "images_per_s", "ssim"]
 
 
 class History:
-    """The history of refined images (Shrivastava et al. 2017, section 2.3), uint8. Grows until it
-    holds `capacity` images; from then on new images replace random old ones."""
+    """The history of refined images (Shrivastava et al. 2017, section 2.3), uint8 [n, 3, H, W]. It
+    grows to `capacity` images; then new ones replace old ones drawn by the generator `random`."""
 
     def __init__(self, capacity, random, device):
         self.capacity, self.random, self.device = capacity, random, device
@@ -60,7 +60,7 @@ class History:
             self.images[index.to(self.device, non_blocking=True)] = rest
 
     def draw(self, n):
-        """n random images of it, uint8 [n, 3, H, W]."""
+        """n random images of it, with repetition, uint8 [n, 3, H, W]."""
         index = torch.randint(len(self.images), (n,), generator=self.random)
         return self.images[index.to(self.device, non_blocking=True)]
 
@@ -74,7 +74,7 @@ class History:
 class BestStep:
     """R at the best step by the paper's rule (sections 5.1 and 5.5): "generator losses and
     discriminator losses for real images are the lowest, and the discriminator losses for refined
-    images are the highest". All three are cross-entropies, so they are weighed alike."""
+    images are the highest". Here: the highest mean of d_loss_refined - d_loss_real - loss_adv."""
 
     def __init__(self):
         self.step, self.score, self.refiner = 0, -math.inf, {}
@@ -99,11 +99,12 @@ class BestStep:
 def update_R(R, D, optimizer, x, alpha, beta, rec_batch, rec="l1"):
     """One step of R on L_R with D fixed; x: synthetic images in [-1, 1], [N, 3, H, W].
 
-    rec: "l1", Eq 4, or "l2", squares. Returns L_adv, L_rec and mean |R(x) - x|.
+    L_rec: the sum over rec_batch images of 3 x 80 x 160 values of |R(x) - x| (rec "l1", Eq 4) or
+    of its square ("l2"). Returns L_adv, L_rec and mean |R(x) - x|.
     """
     D.requires_grad_(False)
     refined = R(x)                                              # x' = R(x)
-    loss_adv = patch_loss(D(refined), REAL)                     # Eq 3: -log(1 - D(x')), "real"
+    loss_adv = patch_loss(D(refined), REAL)                     # Eq 3: -log(1 - D(x'))
     change = (refined - x).abs().mean()
     distance = change if rec == "l1" else (refined - x).square().mean()
     loss_rec = rec_batch * VALUES * distance                    # Eq 4, over rec_batch images
@@ -117,11 +118,10 @@ def update_R(R, D, optimizer, x, alpha, beta, rec_batch, rec="l1"):
 
 
 def update_D(R, D, optimizer, x, y, history, n_old):
-    """One step of D on L_D with R fixed; x: synthetic images, y: real ones, in [-1, 1].
+    """One step of D on L_D with R fixed; x [n - n_old, 3, H, W] synthetic, y [n, 3, H, W] real.
 
-    D's refined images are R(x) and `n_old` of the history, together as many as y; the history
-    then takes in R(x).
-    Returns D's loss on real and on refined images and its share of right patches on each.
+    Both are in [-1, 1]. D's n refined images are R(x) and n_old of the history, which then takes
+    in R(x). Returns D's loss on real and on refined images, and its share of right patches on each.
     """
     new = refine(R, x)
     old = history.draw(n_old).to(x.device) if n_old else new[:0]
@@ -139,7 +139,7 @@ def update_D(R, D, optimizer, x, y, history, n_old):
 
 @torch.no_grad()
 def refine(R, x):
-    """R(x) rounded as real images are, or D would know it by that: [N, 3, H, W] -> uint8."""
+    """R(x) in 8 bits, as real images are, so that D cannot tell by them: -> uint8 [N, 3, H, W]."""
     return to_uint8(R(x))
 
 
@@ -149,6 +149,51 @@ def update_average(average, R, n):
     first, then a running one over about the last N (Yazici et al. 2019)."""
     for mean, weight in zip(average.parameters(), R.parameters()):
         mean.lerp_(weight, 1 / n)
+
+
+# ------------------------------------------------------------------------------- the training
+
+
+def train(R, D, synthetic, real, pairs, args, device, settings, saved):
+    """Section 3.3. synthetic, real: uint8 [N, 3, H, W]; returns the log's rows and the BestStep."""
+    n = args.batch_size
+    optimizer_R = make_optimizer("sgd", R.parameters(), args.lr)        # "an SGD step"
+    optimizer_D = make_optimizer(args.d_optimizer, D.parameters(), args.d_lr)
+    batches = Batches(args.seed, device)
+    average, best = copy.deepcopy(R), BestStep()
+    history = History(args.history * n, batches.random, synthetic.device)
+    n_old = n // 2 if args.history else 0                     # of D's refined images
+    training = Training(args.run / "last.pt", "gan", args.run / "log.csv", settings, COLUMNS,
+                        saved, refiner=R, discriminator=D, optimizer_R=optimizer_R,
+                        optimizer_D=optimizer_D, average=average, history=history, best=best,
+                        random=batches)
+    if not training.step:
+        shutil.rmtree(args.run / "samples", ignore_errors=True)      # of a run to --overwrite
+        history.add(refine(R, batches.draw(synthetic, n)))    # it begins with a batch
+
+    for step in training.steps(args.steps, args.save_every,
+                               lambda: save_refiners(R, average, best, training, args.run)):
+        with autocast(device, args.precision):
+            # Twice R, with D fixed:  min over theta of  L_R = alpha L_adv + beta L_rec   (Eq 2)
+            #     L_adv = -log(1 - D(x'))   (Eq 3),   L_rec = |x' - x|   (Eq 4),   x' = R(x)
+            for _ in range(2):
+                x = batches.draw(synthetic, n)
+                values_R = update_R(R, D, optimizer_R, x, args.alpha, args.beta, args.rec_batch,
+                                    args.rec)
+            # Once D, with R fixed:   min over phi of  L_D = -log D(x') - log(1 - D(y))   (Eq 1,
+            #     mended: printed, both are -log D), where half of the x' are from the history
+            x, y = batches.draw(synthetic, n - n_old), batches.draw(real, n)
+            values_D = update_D(R, D, optimizer_D, x, y, history, n_old)
+        update_average(average, R, min(step, args.average))
+        training.log({**values_R, **values_D, "history": len(history.images)})
+
+        if step % args.sample_every == 0 or step == args.steps:
+            training.read()                                   # the log up to this step
+            picture = args.run / f"samples/step_{step:06d}.png"
+            training.rows[-1]["ssim"] = save_samples(picture, R, average, pairs, device)
+            if step > min(WARM_UP, args.steps // 2):
+                best.look(R, step, training.rows[-args.sample_every:])
+    return training.rows, best
 
 
 # ----------------------------------------------------------- what is seen and saved on the way
@@ -162,7 +207,7 @@ def save_samples(path, R, average, pairs, device):
     x, r = synthetic[:6], refined[:6]
     averaged = refine(average, to_float(x.to(device))).cpu()
     save_grid(path, {"synthetic": x, "refined": r, "averaged R": averaged, "real": real[:6],
-                     "|difference|": (r.int() - x.int()).abs().to(torch.uint8)})
+                     "|difference|": (r.int() - x.int()).abs().byte()})
     return ssim(refined, real).mean().item()
 
 
@@ -175,6 +220,9 @@ def save_refiners(R, average, best, training, folder):
         save_checkpoint(folder / "gan.pt", "best", **same, **best.state_dict())
     else:
         (folder / "gan.pt").unlink(missing_ok=True)           # of the run that was overwritten
+
+
+# -------------------------------------------------------------------------------- the command
 
 
 def arguments():
@@ -219,11 +267,11 @@ def load_checkpoints(args):
     if method != args.method:
         raise UserError(f"{args.run / 'pretrain.pt'}: is of --method {method}, not {args.method}; "
                         "give that one, or another --run")
-    # A run may be taken further if the longer one looks for its best step at the same steps.
+    # --steps may change if the looks for the best step so far (`train`) stay the same.
     if saved:
         old = int(saved["settings"]["steps"])
-        looks_alike = old >= 2 * WARM_UP and old % args.sample_every == 0
-        if looks_alike and args.steps >= max(2 * WARM_UP, saved["step"]):
+        same_looks = old >= 2 * WARM_UP and old % args.sample_every == 0
+        if same_looks and args.steps >= max(2 * WARM_UP, saved["step"]):
             saved["settings"]["steps"] = str(args.steps)
     return saved, pretrained
 
@@ -234,51 +282,6 @@ def load_data(folder):
     x, y = load_images(folder / "synthetic/test"), load_images(folder / "real/test")
     n = min(64, len(x), len(y))
     return synthetic, real, (x[:n], y[:n])
-
-
-# ------------------------------------------------------------------------------- the training
-
-
-def train(R, D, synthetic, real, pairs, args, device, settings, saved):
-    """Section 3.3. synthetic, real: uint8 [N, 3, H, W]; returns the log and the best step."""
-    n = args.batch_size
-    optimizer_R = make_optimizer("sgd", R.parameters(), args.lr)        # "an SGD step"
-    optimizer_D = make_optimizer(args.d_optimizer, D.parameters(), args.d_lr)
-    batches = Batches(args.seed, device)
-    average, best = copy.deepcopy(R), BestStep()
-    history = History(args.history * n, batches.random, synthetic.device)
-    n_old = n // 2 if args.history else 0                     # of D's refined images
-    training = Training(args.run / "last.pt", "gan", args.run / "log.csv", settings, COLUMNS,
-                        saved, refiner=R, discriminator=D, optimizer_R=optimizer_R,
-                        optimizer_D=optimizer_D, average=average, history=history, best=best,
-                        random=batches)
-    if not training.step:
-        shutil.rmtree(args.run / "samples", ignore_errors=True)      # of a run to --overwrite
-        history.add(refine(R, batches.draw(synthetic, n)))    # it begins with a batch
-
-    for step in training.steps(args.steps, args.save_every,
-                               lambda: save_refiners(R, average, best, training, args.run)):
-        with autocast(device, args.precision):
-            # Twice R, with D fixed:  min over theta of  L_R = alpha L_adv + beta L_rec   (Eq 2)
-            #     L_adv = -log(1 - D(x'))   (Eq 3),   L_rec = |x' - x|   (Eq 4),   x' = R(x)
-            for _ in range(2):
-                x = batches.draw(synthetic, n)
-                values_R = update_R(R, D, optimizer_R, x, args.alpha, args.beta, args.rec_batch,
-                                    args.rec)
-            # Once D, with R fixed:   min over phi of  L_D = -log D(x') - log(1 - D(y))   (Eq 1,
-            #     mended: printed, both are -log D), where half of the x' are from the history
-            x, y = batches.draw(synthetic, n - n_old), batches.draw(real, n)
-            values_D = update_D(R, D, optimizer_D, x, y, history, n_old)
-        update_average(average, R, min(step, args.average))
-        training.log({**values_R, **values_D, "history": len(history.images)})
-
-        if step % args.sample_every == 0 or step == args.steps:
-            training.read()                                   # the log up to this step
-            picture = args.run / f"samples/step_{step:06d}.png"
-            training.rows[-1]["ssim"] = save_samples(picture, R, average, pairs, device)
-            if step > min(WARM_UP, args.steps // 2):
-                best.look(R, step, training.rows[-args.sample_every:])
-    return training.rows, best
 
 
 def main():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from evaluate import difference, measure, plus_minus, with_error
 from models import fid, jackknife_error, kid, leave_out, ssim
-from segment import confusion, predict, random_parts, scores, train
+from segment import confusion, predict, random_crops, scores, train
 from study.bench import direct_ssim, sqrtm_fid
 from support.cli import UserError
 
@@ -203,7 +203,7 @@ def test_a_random_part_of_an_image_is_that_of_its_label():
     x = torch.stack([rows, columns, columns]).to(torch.uint8).expand(200, 3, 40, 80)
     y = torch.where(columns < 60, columns, 255).to(torch.uint8).expand(200, 40, 80)
     torch.manual_seed(0)
-    parts, labels = random_parts(x, y)
+    parts, labels = random_crops(x, y)
     assert parts.shape == x.shape and labels.shape == y.shape and parts.dtype == labels.dtype
     shift = (parts[:, 1].float() - labels.float())[labels != 255]
     assert shift.abs().max() <= 1 and shift.mean().abs() < 0.05      # not half a pixel aside
