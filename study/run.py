@@ -202,8 +202,9 @@ def write_record(args):
     old = read_record(path)
     rows, seeds = {*old.get("rows", []), *args.rows}, old.get("seeds", {})
     for folder in args.base.glob("seed*"):
-        if (folder / "results/table2.json").is_file():
-            seeds[folder.name.removeprefix("seed")] = numbers_of_seed(folder)
+        seed = folder.name.removeprefix("seed")
+        if seed.isdecimal() and (folder / "results/table2.json").is_file():      # no seed0-old
+            seeds[seed] = numbers_of_seed(folder)
     record = {"name": args.name, "epochs": args.epochs[0],
               "rows": {name: row for name, row in ROWS.items() if name in rows},
               "seeds": dict(sorted(seeds.items(), key=lambda seed: int(seed[0])))}

@@ -50,6 +50,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh):
     _, err = call("train_gan.py", "--steps", 3, *GAN, "--alpha", 1, "--resume", cwd=fresh,
                   status=2)
     assert "alpha" in err and "50" in err
+    (fresh / "runs/ours/average.pt").unlink()                   # made again by the next line
     call("train_gan.py", "--steps", 3, *GAN, "--alpha", 50, "--resume", "--overwrite", "--device",
          "cpu", cwd=fresh)                                      # 50.0 is 50; --resume comes first
     _, err = call("train_gan.py", "--steps", 4, *GAN, "--resume", cwd=fresh, status=2)

@@ -264,7 +264,8 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
     record["rows"]["rule"] = {}
     record["seeds"] = {"10": other, "0": {}, "7": {}}          # seed 10 is of another machine
     (tmp_path / "my study.json").write_text(json.dumps(record))
-    shutil.copytree(args.base / "seed0/results", args.base / "seed7/results")
+    for copy in ("seed7", "seed0-old"):                         # the second is no seed
+        shutil.copytree(args.base / "seed0/results", args.base / copy / "results")
     write_json(args.base / "seed7/settings.json", other["settings"])
     run.write_record(args)
     record = json.loads((tmp_path / "my study.json").read_text())
