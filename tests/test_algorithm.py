@@ -175,7 +175,7 @@ def refined(tmp_path_factory):
                         "refiner": net.state_dict()}, cwd / f"runs/{method}/{stage}.pt")
     shutil.copytree(cwd / "data/synthetic", cwd / "other/synthetic")
     call("refine.py", "--checkpoint", "runs/simgan/gan.pt", "--out", "data/ours", cwd=cwd)
-    out, _ = call("refine.py", cwd=cwd)                        # data/ours is made anew
+    out, _ = call("refine.py", "--batch-size", 2, cwd=cwd)     # data/ours is made anew
     for flags in (["--method", "simgan"], ["--data", "other/synthetic"],
                   *[["--batch-size", n, "--out", f"data/{n}"] for n in (1, 3)],
                   ["--checkpoint", "runs/simgan/gan.pt", "--out", "data/gan"]):
