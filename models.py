@@ -288,13 +288,21 @@ def window_matrix(n, like):
 def leave_out(metric, *sets):
     """metric(*sets) with the i-th group left out of every set at once: float64 [groups]; 20 groups,
     or as many as the smallest set has elements. Element k of every set is in group k mod groups, so
-    pairs are left out together."""
-    groups = min(20, *map(len, sets))
-    values = []
+    pairs are left out together. The groups are of one size, as FID depends on N: what fills none is
+    in no group, and the values are spread as if it were."""
+    n = min(map(len, sets))
+    groups = min(20, n)
+    size, values = n // groups, []
     for i in range(groups):
-        kept = [x[torch.arange(len(x)) % groups != i] for x in sets]
+        kept = []
+        for x in sets:
+            k = torch.arange(len(x))
+            kept.append(x[(k % groups != i) | (k >= groups * size)])
         values.append(metric(*kept))
-    return torch.tensor(values, dtype=torch.float64)
+    values = torch.tensor(values, dtype=torch.float64)
+    # So that jackknife_error of a mean is s / sqrt(n); 1 if the groups hold all.
+    spread = (n - size) / (groups - 1) * (groups / (size * n)) ** 0.5
+    return values.mean() + spread * (values - values.mean())
 
 
 def jackknife_error(values):

@@ -116,13 +116,22 @@ def test_kid_equals_the_direct_sum():
 
 
 def test_leave_out_leaves_out_one_group_of_every_set():
-    """Element k is in group k mod 3, in both sets; 20 groups, or as many as there are elements.
-    What the error is of these values: below."""
+    """Element k is in group k mod 3, in both sets; 20 groups, or as many as there are elements, and
+    every time as many are left."""
     a, b = torch.arange(7.0), torch.arange(3.0) * 10
     seen = leave_out(lambda x, y: (x.sum() + y.sum()).item(), a, b)
-    assert seen.tolist() == [51 - (0 + 3 + 6) - 0, 51 - (1 + 4) - 10, 51 - (2 + 5) - 20]
-    assert leave_out(len, torch.zeros(50)).tolist() == [47] * 10 + [48] * 10
-    assert leave_out(len, torch.zeros(3)).tolist() == [2] * 3
+    assert seen.tolist() == pytest.approx([51 - 0 - 0, 51 - 1 - 10, 51 - 2 - 20])   # 3 to 6: in all
+    for n, left in ((50, 48), (39, 38), (60, 57), (3, 2)):
+        assert leave_out(len, torch.zeros(n)).tolist() == [left] * min(20, n)
+
+
+def test_the_error_of_a_mean_is_s_over_the_root_of_n():
+    """Over many samples, whether the groups hold all or not."""
+    torch.manual_seed(0)
+    for n, close in ((59, 0.03), (39, 0.03), (24, 0.03), (60, 0.03), (11, 1e-9)):
+        samples = torch.randn(1500, n).double()
+        found = [jackknife_error(leave_out(lambda x: x.mean().item(), x)) ** 2 for x in samples]
+        assert np.mean(found) == pytest.approx(samples.var(1).mean().item() / n, rel=close)
 
 
 # ----------------------------------------------------- Table 2: its errors, its differences
