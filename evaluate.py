@@ -149,7 +149,7 @@ def arguments():
 def find_domains(folder):
     """The names of the domains below `folder` but real, PAPER's first; says which are missing.
     UserError if their rows could not be compared."""
-    found = sorted(p.parent.name for p in folder.glob("*/test") if p.parent.name != "real")
+    found = sorted(p.parent.name for p in folder.glob("[!.]*/test") if p.parent.name != "real")
     if not found:
         raise UserError(f"{folder}: no domain folder with test/ in it; run prepare.py first")
     for missing in [d for d in PAPER if d not in found]:

@@ -119,6 +119,8 @@ def arguments():
                    help="(paper) stride of D's first layer: patches of 50 x 50 pixels; 1: 20 x 20")
     p.add_argument("--save-every", type=positive(int), default=200, help="steps")
     args = p.parse_args()
+    if args.layer == "pool3":
+        p.error("--layer pool3: is FID's, of 299 x 299 pixels; give Mixed_7c or an earlier one")
     args.run = args.run or Path("runs") / args.method
     return args
 
@@ -146,6 +148,7 @@ def main():
 
     # 3. Train R, then D.
     lock(args.run)
+    saved = saved_run(args.run / "pretrain.pt", "pretrain", args)    # again: another may have ended
     synthetic, real = keep_on(device, synthetic, real)
     rows = train(R, D, psi, synthetic, real, args, device, settings, saved)
 

@@ -295,7 +295,7 @@ def find_domains(args):
     """The domains below --data, synthetic first, real last. Not `pretrained`: its images are the
     synthetic ones, nearly."""
     paper = ["synthetic", "simgan", "ours", "real"]
-    found = {p.parent.name for p in args.data.glob("*/train")} - {"pretrained"}
+    found = {p.parent.name for p in args.data.glob("[!.]*/train")} - {"pretrained"}
     if "real" not in found or len(found) < 2:
         raise UserError(f"{args.data}: needs real/ and at least one of synthetic, simgan, ours; "
                         "run prepare.py and refine.py first")

@@ -296,8 +296,10 @@ def main():
     # 2. The images.
     check_domains(args.data, ["synthetic", "real"], ["train", "test"])
     synthetic, real, pairs = load_data(args.data)
-    settings = settings_of(args, pretrain=pretrained["refiner"].values(), images=[synthetic, real])
     lock(args.run)
+    saved, pretrained = load_checkpoints(args)      # again: another process may have ended by now
+    settings = settings_of(args, images=[synthetic, real], pretrain=pretrained["refiner"].values(),
+                           discriminator=pretrained["discriminator"].values())
 
     # 3. Both networks, pre-trained, or as they were when the run stopped.
     state, path = saved or pretrained, args.run / ("last.pt" if saved else "pretrain.pt")

@@ -14,11 +14,12 @@ Writes  runs/study/NAME/seedN/{data,runs,results}/   large; laid out as a user's
 
 The same command goes on after a stop: a finished step is not run again; other flags of a training
 want another NAME. --seeds or --rows does a part of the study; two commands with other --seeds can
-run side by side; a machine that gets the record of another one adds its own seeds to it. It writes
-nothing but numbers and curves outside runs/: street frames may not be passed on.
+run side by side once the data is prepared; a machine that gets the record of another one adds its
+own seeds to it. Street frames may not be passed on: outside runs/ are numbers and curves only.
 """
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,7 @@ def run(command):
         command = [str(ROOT / command[0]), *command[1:]]
     print(f"\n$ python {shlex.join(command)}", flush=True)
     child = subprocess.Popen([sys.executable, *command])      # run() would kill it at a Ctrl-C
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())       # a training saves, and ends
     if child.wait():
         raise UserError("the study stopped (see above); the same command goes on")
 
@@ -112,7 +114,7 @@ def run(command):
 def once(stamp, command, history, resume=False):
     """Run a command unless its stamp says that it has ended with this very history: all commands
     that its result comes from, as text."""
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == history:
+    if stamp.is_file() and stamp.read_text(encoding="utf-8", errors="surrogateescape") == history:
         return
     run(command + ["--resume"] if resume else command)
     write_text(stamp, history)

@@ -47,7 +47,7 @@ def start(main):
             error = UserError("out of memory; try a smaller --batch-size or, in prepare.py, a "
                               "smaller --size or fewer --workers")
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            why = str(error).partition("\n")[0]
+            why = " ".join(str(error).split())[:160]
             error = UserError(f"--compile does not work here ({why}); leave out the flag")
         if isinstance(error, BrokenPipeError):       # | head; what is still to print goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -174,7 +174,7 @@ def whole(path):
 def write_text(path, text):
     """Write a text file whole or not at all."""
     with whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path, record, indent=1):

@@ -236,7 +236,7 @@ class Training:
     def restore(self, saved):
         """Make all parts, the log and the step what they were; UserError at other settings."""
         for key, value in self.settings.items():
-            old = str(saved["settings"].get(key))
+            old = str(saved["settings"].get(key, value))     # an older version has not noted all
             if old.removesuffix(".0") != value:
                 raise UserError(f"{self.path}: was run with {key} = {old}, not {value}; --resume "
                                 "goes on with the same settings only")

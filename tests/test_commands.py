@@ -146,6 +146,7 @@ MISTAKES = [
     ("pretrain.py --data good --inception nowhere.pt", "--inception nowhere.pt"),
     ("pretrain.py --data good --inception random --layer fc",
      "--layer fc: Conv2d_1a_3x3, Mixed_7c, pool3"),
+    ("pretrain.py --layer pool3", "--layer pool3: Mixed_7c"),
     ("pretrain.py --data good --inception random --layer Mixed_6a", "--layer Mixed_6a: too small"),
     ("evaluate.py --data good --n 2 --inception random", "--n 2 least"),
     ("evaluate.py --data good --n 9 --inception random", "--n 9 has 5"),

@@ -9,6 +9,7 @@ from conftest import call, fill, parsed, run_here
 import pretrain
 import train_gan
 from models import Refiner
+from support.cli import UserError
 from support.figures import Figure, draw_curves
 
 GAN = ["--batch-size", 4, "--sample-every", 3, "--save-every", 3]
@@ -71,6 +72,19 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh):
     assert "writes runs/ours/; --precision bfloat16 is " in out
     assert torch.load(fresh / "runs/ours/last.pt", weights_only=True)["log"][0][0] != first
     assert [p.name for p in (fresh / "runs/ours/samples").iterdir()] == ["step_000001.png"]
+
+
+@pytest.mark.parametrize("module, flags, path", [
+    (pretrain, ["--method", "simgan", "--run", "runs/new"], "runs/new/pretrain.pt"),
+    (train_gan, GAN, "runs/ours/last.pt")])
+def test_a_run_that_ends_while_another_one_loads_is_not_lost(fresh, monkeypatch, module, flags,
+                                                             path):
+    def wait_for_it(folder):
+        folder.mkdir(exist_ok=True)
+        (fresh / path).touch()
+    monkeypatch.setattr(module, "lock", wait_for_it)
+    with pytest.raises(UserError, match=f"{path} exists: --resume goes on"):
+        run_here(monkeypatch, fresh, module.__name__, flags)
 
 
 def test_the_summary_is_of_the_last_50_steps_of_each(tmp_path, capsys):

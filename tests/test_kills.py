@@ -196,7 +196,7 @@ def test_a_trained_network_is_not_trained_again_but_a_changed_one_is(fresh):
 
 def test_resume_refuses_another_pre_training_and_other_images(fresh, monkeypatch):
     """It would go on, but with a run that no single command can repeat. Data may be moved. D is
-    the run's own, whatever has become of the pre-trained one."""
+    the run's own, whatever the pre-trained one is built of; its weights are to be the same."""
     call("train_gan.py", *GAN, cwd=fresh)
     before = (fresh / "runs/ours/last.pt").read_bytes()
     pretrained = fresh / "runs/ours/pretrain.pt"
@@ -206,6 +206,11 @@ def test_resume_refuses_another_pre_training_and_other_images(fresh, monkeypatch
     torch.save(other, pretrained)
     _, err = call("train_gan.py", *GAN, "--resume", cwd=fresh, status=2)
     assert "last.pt: was run with pretrain = " in err
+    other = torch.load(io.BytesIO(kept), weights_only=True)
+    next(iter(other["discriminator"].values())).mul_(2)         # of other --d-steps, R is the same
+    torch.save(other, pretrained)
+    _, err = call("train_gan.py", *GAN, "--resume", cwd=fresh, status=2)
+    assert "last.pt: was run with discriminator = " in err
     state = torch.load(fresh / "runs/ours/last.pt", weights_only=True)
     torch.save({**torch.load(io.BytesIO(kept), weights_only=True),
                 "discriminator_args": {"stride": 1}}, pretrained)       # no weight's shape changes

@@ -4,6 +4,7 @@ import math
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -202,7 +203,9 @@ def test_a_command_that_fails_is_not_taken_as_done(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="the same command goes on"):
         run.once(tmp_path / "failed", ["prepare.py", "--test", "0"], "")
-    run.once(tmp_path / "done", ["-m", "support.cli"], "")
+    for _ in range(2):                                          # of a path that is no UTF-8
+        run.once(tmp_path / "done", ["-m", "support.cli"], "\udce9")
+        monkeypatch.setattr(run, "run", pytest.fail)
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
 
 
@@ -213,6 +216,17 @@ def test_ctrl_c_leaves_a_training_the_time_to_save(monkeypatch):
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: SimpleNamespace(wait=wait))
     with pytest.raises(KeyboardInterrupt):
         run.run(["train_gan.py"])
+
+
+def test_sigterm_reaches_the_training(monkeypatch):
+    """It saves and ends; the study with it."""
+    ended, child = [], SimpleNamespace(terminate=lambda: ended.append(True))
+    child.wait = lambda: signal.raise_signal(signal.SIGTERM) or ended
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: child)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(UserError, match="the same command goes on"):
+        run.run(["train_gan.py"])
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch):
