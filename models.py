@@ -288,8 +288,8 @@ def window_matrix(n, like):
 def leave_out(metric, *sets):
     """metric(*sets) with the i-th group left out of every set at once: float64 [groups]; 20 groups,
     or as many as the smallest set has elements. Element k of every set is in group k mod groups, so
-    pairs are left out together. The groups are of one size, as FID depends on N: what fills none is
-    in no group, and the values are spread as if it were."""
+    pairs are left out together. The groups are of one size, as FID depends on N; the n mod groups
+    elements beyond them are never left out, and the spread is corrected for that."""
     n = min(map(len, sets))
     groups = min(20, n)
     size, values = n // groups, []

@@ -91,7 +91,7 @@ def load_labels(folder):
 
 def check_domains(folder, domains, splits):
     """UserError unless these domains below `folder` can be compared: images of one size, and every
-    refined domain made of its source as that is today."""
+    refined domain made of its source as it is now."""
     folders = [folder / domain / split for domain in domains for split in splits]
     wanted = read_stack(files_of(folders[0])[:1], "RGB").shape[2:]
     for here in folders:
@@ -123,7 +123,7 @@ def toy_frames(part, count):
 
 
 def find(domain, args):
-    """What there is of a domain to train on, and what its data set has to test on, or None."""
+    """Found to train on, and Found to test on, or None where a data set has no test split."""
     if args.demo:
         return toy_frames("train", args.limit or 600), toy_frames("test", args.test or 200)
     for raw in filter(None, (args.gta5, args.cityscapes, *(getattr(args, domain) or []))):

@@ -32,7 +32,7 @@ from support.raw import UNREADABLE, by_ending, read_rgb, refined_names
 from support.training import (add_device_flag, load_checkpoint, pick_device, place, rebuild,
                               to_float, to_uint8)
 
-TILE, MARGIN = 768, 24      # pixels; R sees 16 of them above and to the left, 17 below and right
+TILE, MARGIN = 768, 24      # pixels; R sees 16 pixels up and left, 17 down and right
 
 
 # --------------------------------------------------------------------------- a prepared domain

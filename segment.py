@@ -199,7 +199,7 @@ def of_seeds(by_seed, row, column, metric):
 
 
 def matrix_table(metric, paper_rows, by_seed, rows, columns):
-    """Trained x tested as Markdown, the cells of paper_rows, {trained on: its three}, bold."""
+    """Trained x tested as Markdown; bold: the paper's cells, paper_rows: {trained on: three}."""
     unit, digits = ("fraction", 3) if metric == "mIoU" else ("%", 1)
     lines = []
     for row in rows:

@@ -14,7 +14,7 @@ Writes  runs/METHOD/average.pt  R averaged over the last steps: what refine.py t
     python train_gan.py --rec l2                    L_rec by squares, not by L1
     python train_gan.py --method simgan             the baseline, same losses
     python train_gan.py --resume                    go on after a stop, with the same flags
-    python train_gan.py --resume --steps 8000       go further, after 2000 steps or more
+    python train_gan.py --resume --steps 8000       extend a run of 2000 steps or more
 
 The 5000 steps of 16 images, 80 x 160, take two cores six hours; linear in images and pixels.
 """
@@ -35,7 +35,7 @@ from support.training import (OPTIMIZERS, Batches, Training, add_training_flags,
                               rebuild, save_checkpoint, saved_run, settings_of, to_float, to_uint8)
 
 VALUES = 3 * 80 * 160                                  # of one image in the paper
-WARM_UP = 1000        # steps (at most half of a run) without a best one: D is easily fooled yet
+WARM_UP = 1000        # steps, at most half of a run, of which none is the best: D is fooled still
 COLUMNS = ["loss_adv", "loss_rec", "d_loss_real", "d_loss_refined", "d_acc_real",
            "d_acc_refined", "mean_change", "history", "images_per_s", "ssim"]
 
@@ -139,7 +139,7 @@ def update_D(R, D, optimizer, x, y, history, n_old):
 
 @torch.no_grad()
 def refine(R, x):
-    """R(x) in 8 bits, as real images are, so that D cannot tell by them: -> uint8 [N, 3, H, W]."""
+    """R(x) in 8 bits, as real images are, lest D tell them by rounding: -> uint8 [N, 3, H, W]."""
     return to_uint8(R(x))
 
 
@@ -167,7 +167,7 @@ def train(R, D, synthetic, real, pairs, args, device, settings, saved):
                         saved, refiner=R, discriminator=D, optimizer_R=optimizer_R,
                         optimizer_D=optimizer_D, average=average, history=history, best=best,
                         random=batches)
-    if not training.step:
+    if not training.step:                                     # a new run
         shutil.rmtree(args.run / "samples", ignore_errors=True)      # of a run to --overwrite
         history.add(refine(R, batches.draw(synthetic, n)))    # it begins with a batch
 
@@ -267,7 +267,7 @@ def load_checkpoints(args):
     if method != args.method:
         raise UserError(f"{args.run / 'pretrain.pt'}: is of --method {method}, not {args.method}; "
                         "give that one, or another --run")
-    # --steps may change if the looks for the best step so far (`train`) stay the same.
+    # Another --steps is allowed if it changes no look for the best step so far (see `train`).
     if saved:
         old = int(saved["settings"]["steps"])
         same_looks = old >= 2 * WARM_UP and old % args.sample_every == 0

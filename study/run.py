@@ -15,7 +15,7 @@ Writes  runs/study/NAME/seedN/{data,runs,results}/   large; laid out as a user's
 The same command goes on after a stop: a finished step is not run again; other flags of a training
 want another NAME. --seeds or --rows does a part of the study; two commands with other --seeds can
 run side by side once the data is prepared; a machine that gets the record of another one adds its
-own seeds to it. Street frames may not be passed on: outside runs/ are numbers and curves only.
+own seeds to it. Street frames may not be passed on, so it writes them below runs/ only.
 """
 import shlex
 import shutil
@@ -44,7 +44,7 @@ ROWS = {
     "ours": {},
     "rule": {"of": "ours", "checkpoint": "gan.pt"},          # of the paper's best step
     "pretrained": {"of": "ours", "checkpoint": "pretrain.pt", "segment": False},
-    "as-printed": {"pretrain": "--final-relu", "checkpoint": "gan.pt"},       # to the letter
+    "as-printed": {"pretrain": "--final-relu", "checkpoint": "gan.pt"},       # and the rule
     "squares": {"as": "ours", "gan": "--rec l2"},
     "squares-rule": {"of": "squares", "checkpoint": "gan.pt"},
     "squares-colour": {"of": "squares", "filter": "study.colour"},            # R, then matched
