@@ -25,7 +25,7 @@ demo: .venv/installed
 	  --pretrain "--steps 80 --d-steps 200 --lr 3e-4 --batch-size 8 --layer Conv2d_2b_3x3" \
 	  --gan "--steps 100 --lr 2e-4 --batch-size 6 --sample-every 20 --save-every 50 \
 	    --d-optimizer adam --d-lr 1e-4"
-	@$(PY) -m study.demo --segment results/8-epochs
+	@$(PY) -m study.demo
 
 NAME ?= paper-size
 study: .venv/installed

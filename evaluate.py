@@ -69,9 +69,8 @@ def difference(row, other):
     false where the 95 % interval contains 0."""
     result = {}
     for metric, (value, replicates) in row.items():
-        if metric in other:
-            change = with_error(value - other[metric][0], replicates - other[metric][1])
-            result[metric] = {**change, "sure": not change["low"] <= 0 <= change["high"]}
+        change = with_error(value - other[metric][0], replicates - other[metric][1])
+        result[metric] = {**change, "sure": not change["low"] <= 0 <= change["high"]}
     return result
 
 
@@ -90,7 +89,7 @@ def compare(rows):
 # -------------------------------------------------------------------------------- the report
 
 
-def plus_minus(score, scale=1, digits=2, sign=""):
+def plus_minus(score, scale, digits, sign=""):
     """A score as "1.23 ± 0.04", its standard error; in brackets if it is not sure."""
     if score is None:
         return "-"

@@ -155,11 +155,11 @@ def hold_out(domain, train, test, args, rng):
         order = rng.permutation(len(train))
         held_out = Part([train[i] for i in order], n)         # those after n replace bad ones
         train = sorted(train[i] for i in order[n:])
-    if args.limit:
-        train = [train[i] for i in rng.permutation(len(train))]
-    if test is not None:
+    else:
         order = rng.permutation(len(test))
         held_out = Part([test[i] for i in order], args.test or min(200, len(test)))
+    if args.limit:
+        train = [train[i] for i in rng.permutation(len(train))]
     return held_out, Part(train, args.limit)
 
 

@@ -34,9 +34,7 @@ COLUMNS = ["network", "loss", "mean_change", "accuracy"]
 def perceptual_loss(psi, refined, x):
     """Eq 5: mean over C, H, W (and the batch) of |psi(R(x)) - psi(x)|^2, squared L2."""
     with torch.autocast(x.device.type, enabled=False):        # psi in float32
-        with torch.no_grad():
-            target = psi(x)
-        return (psi(refined) - target).square().mean()
+        return (psi(refined) - psi(x)).square().mean()
 
 
 def update_R(R, optimizer, x, psi):

@@ -146,7 +146,7 @@ def trained(network, domain, seed, data, args, device):
               "precision": args.precision, "random_crops": args.random_crops}
     if path.is_file():
         saved = load_checkpoint(path, ["segment"], "delete it")
-        if {"random_crops": False, **saved["settings"]} == wanted:       # older: without the flag
+        if saved["settings"] == wanted:
             net.load_state_dict(saved["weights"])
             print(f"{path}: trained before, not again")
             return net

@@ -8,7 +8,6 @@ a plain convolution.
 Writes  the table; with --out PATH also as Markdown
 
     python -m study.bench                        everything, 4 minutes on 2 cores
-    python -m study.bench --only gan metrics     some sections
     python -m study.bench --size 40 80 --batch-size 8 --out bench.md
 """
 import copy
@@ -294,15 +293,9 @@ def machine():
             f"{torch.backends.cpu.get_cpu_capability()}")
 
 
-SECTIONS = {"prepare": bench_prepare, "gan": bench_gan, "networks": bench_networks,
-            "metrics": bench_metrics}
-
-
 def arguments():
     p = parser(__doc__)
     add_device_flag(p)
-    p.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME",
-                   help="sections")
     p.add_argument("--size", type=positive(int), nargs=2, default=[80, 160], metavar=("H", "W"))
     p.add_argument("--batch-size", type=positive(int), default=4, help="images a batch")
     p.add_argument("--repeats", type=positive(int), default=5, help="of which the median is shown")
@@ -318,8 +311,8 @@ def main():
     device = pick_device(args.device)
     announce("study.bench", device, args.seed, "nothing", args.out or "nothing")
     table = Table(device, args.repeats)
-    for name in args.only:
-        SECTIONS[name](table, args)
+    for section in (bench_prepare, bench_gan, bench_networks, bench_metrics):
+        section(table, args)
     if args.out:
         write_text(args.out, f"{machine()}, {name_of(device)}, torch {torch.__version__}, "
                    f"{args.size[0]} x {args.size[1]}, batch {args.batch_size}\n\n" + markdown_table(

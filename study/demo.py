@@ -1,28 +1,23 @@
 """What `make demo` shows at its end: a short table, and everything in one picture.
 
-Reads   BASE/{data,runs,results}, as the six stages leave them
-Writes  BASE/summary.png
+Reads   demo/seed0/{data,runs,results}, as the six stages leave them
+Writes  demo/seed0/summary.png
 
-    python -m study.demo --segment results/8-epochs     of the toy town
-    python -m study.demo --base .                       of your own run
+    python -m study.demo
 """
 from pathlib import Path
 from statistics import fmean
 
 from prepare import load_images
 from segment import of_seeds
-from support.cli import parser, path_of, read_json, start
+from support.cli import read_json, start
 from support.figures import save_summary
 from support.training import load_checkpoint
 from train_gan import COLUMNS
 
 
-def arguments():
-    p = parser(__doc__)
-    p.add_argument("--base", type=path_of, default=Path("demo/seed0"),
-                   help="where the stages have run")
-    p.add_argument("--segment", default="results", help="where below it segment.py has written")
-    return p.parse_args()
+BASE = Path("demo/seed0")
+TABLES = BASE / "results/8-epochs"                   # of segment.py
 
 
 def print_table(table2, segment, on_real):
@@ -40,12 +35,9 @@ def print_table(table2, segment, on_real):
 
 
 def main():
-    args = arguments()
-    base, tables = args.base, args.base / args.segment
-
     # 1. What the stages have found.
-    segment = read_json(tables / "segment_unet.json")
-    table2 = read_json(base / "results/table2.json")
+    segment = read_json(TABLES / "segment_unet.json")
+    table2 = read_json(BASE / "results/table2.json")
     domains, table = segment["domains"], {}                   # of which real is the last
     for row in segment["scores"][str(segment["seeds"][0])]:
         table[row] = [fmean(of_seeds(segment["scores"], row, d, "mIoU")) for d in domains]
@@ -55,13 +47,12 @@ def main():
     # 2. The same in one picture.
     images = {}
     for caption, domain in (("synthetic", "synthetic"), ("refined", "ours"), ("real", "real")):
-        images[caption] = load_images(base / "data" / domain / "test")[:5]
-    last = load_checkpoint(base / "runs/ours/last.pt", ["gan"], "run train_gan.py first")
+        images[caption] = load_images(BASE / "data" / domain / "test")[:5]
+    last = load_checkpoint(BASE / "runs/ours/last.pt", ["gan"], "run train_gan.py first")
     log = [dict(zip(COLUMNS, row)) for row in last["log"]]
-    save_summary(base / "summary.png", images, log, last["best"]["step"], on_real,
-                 list(table.values()), domains)
-    print(f"\nAll in one picture: {base}/summary.png. Tables: {base}/results/table2.md, "
-          f"{tables}/segment_unet.md. Training: {base}/runs/ours/samples/")
+    save_summary(BASE / "summary.png", images, log, last["best"]["step"], table, domains)
+    print(f"\nAll in one picture: {BASE}/summary.png. Tables: {BASE}/results/table2.md, "
+          f"{TABLES}/segment_unet.md. Training: {BASE}/runs/ours/samples/")
 
 
 if __name__ == "__main__":

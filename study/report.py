@@ -55,17 +55,13 @@ def with_interval(values, digits, sign=""):
     return f"{mean:{sign}.{digits}f}{interval}"
 
 
-def kind_of(entry):
-    """A training of a record: (epochs, with random crops)."""
-    return entry["epochs"], entry.get("random_crops", False)
-
-
 def tested_by_seed(record, network, epochs, crops=False):
     """{seed: {trained on: {tested on: segment.scores}}} of the trainings of a kind."""
     by_seed = {}
     for seed, numbers in record["seeds"].items():
         for entry in numbers["segment"]:
-            if (entry["network"], *kind_of(entry)) != (network, epochs, crops):
+            kind = entry["network"], entry["epochs"], entry["random_crops"]
+            if kind != (network, epochs, crops):
                 continue
             by_seed[seed] = {}
             for row, by_domain in entry["tested"].items():
@@ -155,8 +151,8 @@ def fid_agrees(record, by_seed, metric):
 
 def counted(right, cases, of_what):
     """The verdict on a claim that was right in so many of all cases; "" of fewer than two."""
-    verdict = "holds" if right == cases else "does not always hold"
-    return f"{verdict}: {right} of {cases} {of_what}" if cases > 1 else ""
+    word = "holds" if right == cases else "does not always hold"
+    return f"{word}: {right} of {cases} {of_what}" if cases > 1 else ""
 
 
 def said(values, digits, least=0):
@@ -250,8 +246,8 @@ def real_table(record, by_seed):
 
 def trainings_of(record, network):
     """How a network was trained: {(epochs, with random crops)}."""
-    return {kind_of(entry) for numbers in record["seeds"].values() for entry in numbers["segment"]
-            if entry["network"] == network}
+    return {(entry["epochs"], entry["random_crops"]) for numbers in record["seeds"].values()
+            for entry in numbers["segment"] if entry["network"] == network}
 
 
 def training_text(epochs, crops):

@@ -33,8 +33,7 @@ GIVEN = ["synthetic", "real"]                                # made by prepare.p
 
 # The rows, in the order of the work, and what is changed in them. "pretrain", "gan": flags added
 # to those of pretrain.py, train_gan.py. "method": simgan, if not ours. "checkpoint": what refine.py
-# takes, if not average.pt; "of": of that row's training, which is not done again; "as": the row
-# whose pre-training it shares. "filter": images made by that module, of those of the row "of",
+# takes, if not average.pt; "of": of that row's training, which is not done again. "filter": images made by that module, of those of the row "of",
 # if any. "segment": False, if no network is trained on the row. "Squares": L_rec by squares.
 ROWS = {
     "synthetic": {},
@@ -45,7 +44,7 @@ ROWS = {
     "rule": {"of": "ours", "checkpoint": "gan.pt"},          # of the paper's best step
     "pretrained": {"of": "ours", "checkpoint": "pretrain.pt", "segment": False},
     "as-printed": {"pretrain": "--final-relu", "checkpoint": "gan.pt"},       # and the rule
-    "squares": {"as": "ours", "gan": "--rec l2"},
+    "squares": {"gan": "--rec l2"},
     "squares-rule": {"of": "squares", "checkpoint": "gan.pt"},
     "squares-colour": {"of": "squares", "filter": "study.colour"},            # R, then matched
     "squares-finer": {"pretrain": "--d-stride 1", "gan": "--rec l2"},    # D's patches: 20 x 20
@@ -81,8 +80,7 @@ def commands_of_row(name, seed, folder, args):
     checkpoint = f"{folder}/runs/{trained}/{row.get('checkpoint', 'average.pt')}"
     refine = ["refine.py", "--checkpoint", checkpoint, "--data", f"{folder}/data/synthetic",
               "--out", out]
-    first = ROWS[trained].get("as", trained)
-    return [(f"{first}-pretrain", training("pretrain", first, seed, folder, args)),
+    return [(f"{trained}-pretrain", training("pretrain", trained, seed, folder, args)),
             (f"{trained}-gan", training("gan", trained, seed, folder, args)),
             (f"{name}-refine", refine)]
 
@@ -128,10 +126,6 @@ def make_row(name, seed, folder, args, history):
         resume = False
         if command[0] in CHECKPOINTS:
             trained = Path(command[command.index("--run") + 1])
-            source = folder / "runs" / ROWS[trained.name].get("as", trained.name)
-            if source != trained:                              # only train_gan.py's may differ
-                trained.mkdir(parents=True, exist_ok=True)
-                shutil.copy(source / "pretrain.pt", trained)   # half a copy is made again
             resume = (trained / CHECKPOINTS[command[0]]).exists()
         history.append(shlex.join(command))
         once(folder / "stamps" / step, command, "\n".join(history), resume)

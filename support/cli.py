@@ -41,6 +41,7 @@ def start(main):
     try:
         main()
         sys.stdout.flush()
+        return
     except Exception as error:
         if isinstance(error, MemoryError) or "allocate memory" in str(error) or (
                 "out of memory" in str(error)):               # Python's, PyTorch's, CUDA's
@@ -55,16 +56,14 @@ def start(main):
                               "a file")
         if not isinstance(error, (UserError, OSError)):
             raise                                    # a mistake of ours: the traceback
-        for bar in BARS:
-            bar.close()
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status, why = 2, f"error: {error}"
     except KeyboardInterrupt as stop:                # with a text: a training that has saved
-        for bar in BARS:
-            bar.close()
-        advice = f" {stop}; --resume goes on" if str(stop) else "; run it again"
-        print(f"\n{Path(sys.argv[0]).name}: stopped{advice}", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+        why = f"stopped {stop}; --resume goes on" if str(stop) else "stopped; run it again"
+    for bar in BARS:
+        bar.close()
+    print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
+    sys.exit(status)
 
 
 # ------------------------------------------------------------------------ the command line

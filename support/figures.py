@@ -62,25 +62,11 @@ def save_curves(path, rows, window, best):
     save_figure(path, figure)
 
 
-def draw_matrix(axis, table, rows, columns, title):
-    """A heat map of mIoU with the numbers in it: trained on (rows) x tested on (columns). table:
-    array [rows, columns]; each column is shaded from its worst to its best."""
-    low, high = table.min(0), table.max(0)
-    shades = (table - low) / np.maximum(high - low, 1e-9)
-    axis.imshow(shades, cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
-    for (i, j), value in np.ndenumerate(table):
-        axis.text(j, i, f"{value:.3f}", ha="center", va="center",
-                  color="white" if shades[i, j] > 0.75 else "black")
-    axis.set_xticks(range(len(columns)), columns)
-    axis.set_yticks(range(len(rows)), rows)
-    axis.set(title=title, xlabel="tested on", ylabel="trained on")
+def save_summary(path, images, log, best, table, columns):
+    """The whole of a run at one look: images, Figure 1, the matrix of Tables 3-6.
 
-
-def save_summary(path, images, log, best, scores, table, columns):
-    """The whole of a run at one look: images, Figure 1, mIoU on real, the matrix of Tables 3-6.
-
-    images: {caption: uint8 tensor [N, 3, H, W]}; log: its rows; best: the chosen step;
-    scores: {trained on: mIoU on real}; table: mIoU [trained on][tested on].
+    images: {caption: uint8 tensor [N, 3, H, W]}; log: its rows; best: the chosen step; table:
+    {trained on: mIoU on each of the columns}, each shaded from its worst to its best.
     """
     figure = Figure(figsize=(12, 10.5), layout="constrained")
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=[4.2, 2.8, 3.2])
@@ -90,10 +76,15 @@ def save_summary(path, images, log, best, scores, table, columns):
         axis.set_ylabel(caption)
         axis.set(xticks=[], yticks=[])
     draw_curves(middle.subplots(1, 3), log, max(1, len(log) // 10), best)
-    left, right = bottom.subplots(1, 2)
-    names = list(scores)[::-1]                                # barh draws from below
-    bars = left.barh(names, [scores[name] for name in names], color="C0")
-    left.bar_label(bars, fmt="%.3f", padding=3)
-    left.set(title="mIoU on real images, by training set", xlim=(0, 1.15 * max(scores.values())))
-    draw_matrix(right, np.array(table), list(scores), columns, "mIoU, trained on x tested on")
+    axis, values = bottom.subplots(), np.array(list(table.values()))
+    low, high = values.min(0), values.max(0)
+    shades = (values - low) / np.maximum(high - low, 1e-9)
+    axis.imshow(shades, cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        axis.text(j, i, f"{value:.3f}", ha="center", va="center",
+                  color="white" if shades[i, j] > 0.75 else "black")
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(table)), list(table))
+    axis.set(title="U-Net's mIoU, trained on x tested on", xlabel="tested on",
+             ylabel="trained on")
     save_figure(path, figure)

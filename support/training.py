@@ -56,7 +56,7 @@ def autocast(device, precision):
 
 def learning_layout(device):
     """The memory order in which 4x4 convolutions learn fastest: channels last, but not on a CPU
-    without AVX-512; nor on MPS, whose BatchNorm learns wrongly in it (pytorch issue 175189)."""
+    with AVX2 only; nor on MPS, whose BatchNorm learns wrongly in it (pytorch issue 175189)."""
     narrow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
     return torch.contiguous_format if narrow or device.type == "mps" else torch.channels_last
 

@@ -41,45 +41,39 @@ def networks(device):
     return [place(net, pick_device(device), learning=True) for net in nets]
 
 
-def gan_step(device):
-    """Two updates of R and of D on equal batches: all values and weights. D learns so fast that a
-    step shows; its second one has momentum, and a history that is full."""
-    R, D = networks(device)
-    optimizers = [make_optimizer(name, net.parameters(), lr)
-                  for name, net, lr in (("sgd", R, 1e-4), ("momentum", D, 0.1))]
-    batches, values = Batches(0, device), {}
+def learner(device, precision="float32"):
+    """One step of both scripts, from the batches to the average, as a function that returns its
+    values; and the weights that it changes, but Adam's, which turns a last digit into a whole
+    step. D learns so fast that a step shows; in the second it has momentum, and a full history."""
+    device, (R, D), (P, Q) = pick_device(device), networks(device), networks(device)
+    adam, of_Q, sgd, of_D = (make_optimizer(name, net.parameters(), lr) for name, net, lr in (
+        ("adam", P, 1e-4), ("momentum", Q, 0.1), ("sgd", R, 1e-4), ("momentum", D, 0.1)))
+    psi = place(load_inception("random", "Conv2d_4a_3x3", images(4)), device)
+    batches, average = Batches(0, device), copy.deepcopy(R)
+    x, y = keep_on(device, images(6), images(6, seed=1))
     history = train_gan.History(5, batches.random, device)
-    x, y = images(6), images(6, seed=1)
     history.add(train_gan.refine(R, batches.draw(x, 4)))
-    for _ in range(2):
-        values |= train_gan.update_R(R, D, optimizers[0], batches.draw(x, 4), 50, 4e-6, 512)
-    for _ in range(2):
-        values |= train_gan.update_D(R, D, optimizers[1], batches.draw(x, 2), batches.draw(y, 4),
-                                     history, 2)
-    return values, [*R.parameters(), *D.parameters()]
+
+    def step():
+        with autocast(device, precision):
+            rows = [pretrain_R(P, adam, batches.draw(x, 4), psi),
+                    pretrain_D(Q, of_Q, batches.draw(x, 4), batches.draw(y, 4)),
+                    train_gan.update_R(R, D, sgd, batches.draw(x, 4), 50, 4e-6, 512),
+                    train_gan.update_D(R, D, of_D, batches.draw(x, 2), batches.draw(y, 4),
+                                       history, 2)]
+        train_gan.update_average(average, R, 3)
+        return [value for row in rows for value in row.values() if torch.is_tensor(value)]
+    return step, [weight for net in (Q, R, D, average) for weight in net.parameters()]
 
 
-def test_a_gan_step_is_a_cpus():
-    (values, weights), (found, others) = gan_step("cpu"), gan_step("cuda")
-    for name, value in values.items():
-        close(found[name], value, 1e-3)
-    for weight, other in zip(weights, others):
-        close(other, weight, 1e-3)
-
-
-def test_a_pre_training_step_is_a_cpus():
-    results = {}
+def test_a_step_is_a_cpus():
+    found = []
     for device in DEVICES:
-        R, D = networks(device)
-        psi = load_inception("random", "Conv2d_4a_3x3", images(4)).to(device)
-        x, y = to_float(images(4).to(device)), to_float(images(4, seed=1).to(device))
-        adam = make_optimizer("adam", R.parameters(), 1e-4)
-        momentum = make_optimizer("momentum", D.parameters(), 0.1)
-        for _ in range(2):                                    # the second loss shows the first step
-            row, other = pretrain_R(R, adam, x, psi), pretrain_D(D, momentum, x, y)
-        results[device] = [row["loss"], other["loss"], *D.parameters()]
-    for found, wanted in zip(results["cuda"], results["cpu"]):
-        close(found, wanted, 1e-3)
+        step, weights = learner(device)
+        step()
+        found.append([*step(), *weights])
+    for wanted, value in zip(*found, strict=True):
+        close(value, wanted, 1e-3)
 
 
 def test_refined_pictures_are_a_cpus():
@@ -170,24 +164,8 @@ def test_images_that_do_not_fit_stay_in_main_memory(monkeypatch, capsys):
 
 
 def test_a_step_does_not_wait_for_the_gpu():
-    """From the batches to the average; the log reads the losses once a second."""
-    device, (R, D) = torch.device("cuda"), networks("cuda")
-    optimizers = [make_optimizer(name, net.parameters(), 1e-4)
-                  for name, net in (("sgd", R), ("momentum", D), ("adam", R))]
-    psi = place(load_inception("random", "Conv2d_4a_3x3", images(4)), device)
-    batches, average = Batches(0, device), copy.deepcopy(R)
-    x, y = keep_on(device, images(6), images(6))
-    history = train_gan.History(4, batches.random, device)
-    history.add(train_gan.refine(R, batches.draw(x, 4)))
-
-    def step():
-        with autocast(device, "bfloat16"):
-            pretrain_R(R, optimizers[2], batches.draw(x, 4), psi)
-            pretrain_D(D, optimizers[1], batches.draw(x, 4), batches.draw(y, 4))
-            train_gan.update_R(R, D, optimizers[0], batches.draw(x, 4), 50, 4e-6, 512)
-            train_gan.update_D(R, D, optimizers[1], batches.draw(x, 2), batches.draw(y, 4),
-                               history, 2)
-        train_gan.update_average(average, R, 3)
+    """The log reads the losses once a second."""
+    step, _ = learner("cuda", "bfloat16")
     step()                                                    # what is made once is made
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -161,7 +161,7 @@ def test_a_difference_is_paired_and_marked_inside_its_error():
                              ((1.0, a), (0.0, b), False), ((5.0, a), (5.0, a), False)):
         found = difference({"fid": one}, {"fid": other})["fid"]
         assert found == {**with_error(one[0] - other[0], one[1] - other[1]), "sure": sure}
-        assert plus_minus(found, sign="+").startswith("(") != sure
+        assert plus_minus(found, 1, 2, "+").startswith("(") != sure
 
 
 # -------------------------------------------------------- mIoU, pixel accuracy; what void does

@@ -1,15 +1,17 @@
 """The networks, Inception's weights and the checkpoints. Random weights, no download."""
 import copy
+import hashlib
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT
+from conftest import ROOT, save
 from torch import nn
 
 import pretrain
 import train_gan
+from evaluate import weights_of
 from models import (DeepLabV3Plus, Discriminator, Refiner, inception_features, load_inception,
                     resize_299)
 from support import training
@@ -117,6 +119,29 @@ def test_imagenet_is_torchvisions_or_names_the_other_choices(tmp_path, monkeypat
     monkeypatch.setattr(weights, "get_state_dict", None)                # without a network
     with pytest.raises(UserError, match="--inception imagenet.*give a file, or --inception random"):
         load_inception("imagenet")
+    for file, load in (("inception_v3_google-0cc3c7bd.pth", load_inception), (
+            "resnet50-11ad3fa6.pth", lambda: DeepLabV3Plus(backbone_weights="imagenet"))):
+        save(tmp_path / "hub/checkpoints" / file, b"<html>404</html>")
+        with pytest.raises(UserError, match=f"{file} is damaged; delete it"):
+            load()
+
+
+def test_weights_are_computed_as_their_owner_does(full, images, tmp_path):
+    """pytorch-fid's file has 1008 classes, and its last block takes the maximum where it averages.
+    The copy here is torchvision's block, told so."""
+    torch.save({**full.state_dict(), "fc.weight": torch.zeros(1008, 2048)}, tmp_path / "net.pth")
+    below, pool3 = (load_inception(tmp_path / "net.pth", layer) for layer in ("Mixed_7b", "pool3"))
+    content = b"".join(w.numpy().tobytes() for w in pool3.state_dict().values())
+    assert weights_of(pool3, "a/net.pth") == ("FID as pytorch-fid computes it (net.pth)",
+                                              hashlib.sha256(content).hexdigest())
+    pool3.is_pytorch_fid = False
+    assert weights_of(pool3, "net.pth")[0] == "FID (net.pth)"
+    x, block = to_float(images[:2]).double(), copy.deepcopy(full.Mixed_7c).double()
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        before, found = below.double()(x), pool3.double()(x)
+        patch.setattr(F, "avg_pool2d", F.max_pool2d)
+        wanted = block(before).mean((2, 3))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_backbone_weights_from_a_file(tmp_path):
@@ -175,6 +200,7 @@ def test_losses_stay_float32():
                 train_gan.update_D(R, D, of_D, x, y, train_gan.History(4, None, "cpu"), 0)]
     values = [value for row in rows for value in row.values() if torch.is_tensor(value)]
     assert len(values) == 11 and {v.dtype for v in values} == {*seen} == {torch.float32}
+    assert not any(v.requires_grad for v in values)            # a log keeps no graphs
 
 
 @pytest.mark.parametrize("seconds, asked, said", [

@@ -2,7 +2,6 @@
 labels, and the checks without which a stage would begin what it cannot end."""
 import base64
 import errno
-import hashlib
 import os
 import random
 import re
@@ -14,18 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-import torchvision
 from conftest import ROOT, blocks, call, encoded, fill, noise, record, save
 from PIL import Image
 
 import prepare
-from evaluate import weights_of
-from models import DeepLabV3Plus, load_inception
 from prepare import PALETTE, TABLE, check_domains, load_labels, names
 from support import cli
 from support.cli import UserError, lock, write_text
-from support.training import to_float
 
 FLAGS = ["--crop", "none", "--size", 24, 48, "--workers", 1]
 
@@ -400,17 +394,6 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
     assert "no locks" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file", ["inception_v3_google-0cc3c7bd.pth", "resnet50-11ad3fa6.pth"])
-def test_a_damaged_download_names_the_file_to_delete(tmp_path, monkeypatch, file):
-    """In torch's cache."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    kept = tmp_path / "hub/checkpoints" / file
-    kept.parent.mkdir(parents=True)
-    kept.write_bytes(b"<html>404</html>")
-    with pytest.raises(UserError, match=f"{file} is damaged; delete it"):
-        load_inception() if "inception" in file else DeepLabV3Plus(backbone_weights="imagenet")
-
-
 # --------------------------------------------------- a second process, memory, a killed worker
 
 
@@ -462,26 +445,3 @@ def test_a_worker_that_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--demo", "--out", str(tmp_path / "d")])
     with pytest.raises(UserError, match="--workers"):
         prepare.main()
-
-
-# ------------------------------------------------------------------ FID as pytorch-fid computes it
-
-
-def test_weights_are_computed_as_their_owner_does(tmp_path):
-    """pytorch-fid's file has 1008 classes, and its last block takes the maximum where it averages:
-    exactly the last 192 of 2048 numbers differ. The copy here is torchvision's block, told so."""
-    net = torchvision.models.inception_v3(weights=None, init_weights=False, aux_logits=False,
-                                          num_classes=1008)
-    torch.save(net.state_dict(), tmp_path / "net.pth")
-    x = to_float(torch.randint(0, 256, (2, 3, 80, 160), dtype=torch.uint8))
-    below, pool3 = (load_inception(tmp_path / "net.pth", layer) for layer in ("Mixed_7b", "pool3"))
-    content = b"".join(w.numpy().tobytes() for w in pool3.state_dict().values())
-    assert weights_of(pool3, "a/net.pth") == ("FID as pytorch-fid computes it (net.pth)",
-                                              hashlib.sha256(content).hexdigest())
-    pool3.is_pytorch_fid = False
-    assert weights_of(pool3, "net.pth")[0] == "FID (net.pth)"
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        before, found = below(x), pool3(x)
-        patch.setattr(F, "avg_pool2d", F.max_pool2d)
-        wanted = net.eval().Mixed_7c(before).mean((2, 3))
-    torch.testing.assert_close(found, wanted)
