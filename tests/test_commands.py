@@ -147,6 +147,8 @@ MISTAKES = [
     ("pretrain.py --data good --inception random --layer Mixed_6a", "--layer Mixed_6a: too small"),
     ("evaluate.py --data good --n 2 --inception random", "--n 2 least"),
     ("evaluate.py --data good --n 9 --inception random", "--n 9 has 5"),
+    *[(f"evaluate.py --data {data} --n 4 --inception random", "--n 4 has 3")
+      for data in ("bare", "values")],
     ("evaluate.py --data single --inception random", "single/ours: file names"),
     ("evaluate.py --data good --inception random --out /proc", "/proc"),
     ("evaluate.py --data sizes --inception random", "sizes 24 48 32 64"),
@@ -202,6 +204,9 @@ def empty(tmp_path_factory):
         for i in range(5):
             save_pair(cwd / folder / "real/test", i, np.zeros((24, 48, 3), np.uint8),
                       np.full(size, value, np.uint8))
+    for file in (*cwd.glob("bare/real/test/images/[34].png"),
+                 *cwd.glob("values/real/train/*/[34].png")):
+        file.unlink()
     for folder in ("ok", "twice", "mixed", "cs/leftImg8bit/ulm", "cs/gtFine/ulm"):
         fill(cwd / folder, 4)
     for file in ("same/00.png", "same/00_leftImg8bit.png", "twice/00.jpg",

@@ -157,7 +157,7 @@ def test_backbone_weights_from_a_file(tmp_path):
 
 
 def test_a_refiner_of_an_older_checkpoint_loads():
-    """Such as study/refiner.pt. Its arguments may name an option that is gone; one that had been
+    """Its arguments may name an option that is gone; one that had been
     used is refused."""
     state, x = load_checkpoint(ROOT / "study/refiner.pt", ["average"], ""), torch.rand(1, 3, 24, 48)
     net = rebuild(Refiner, state, "refiner", "refiner.pt")
@@ -190,8 +190,9 @@ def test_bfloat16_changes_the_arithmetic_not_the_interface():
 
 def test_losses_stay_float32():
     """In bfloat16 too; and psi measures in float32."""
-    R, D, psi, seen = Refiner(8, 1), Discriminator(), nn.Conv2d(3, 4, 3), []
+    R, D, psi, seen, graphs = Refiner(8, 1), Discriminator(), nn.Conv2d(3, 4, 3), [], []
     psi.register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+    R.register_forward_hook(lambda module, x, y: graphs.append(y.requires_grad))
     x, y = torch.rand(2, 2, 3, 24, 48) * 2 - 1
     of_R, of_D = (make_optimizer("sgd", net.parameters(), 1e-4) for net in (R, D))
     with autocast(torch.device("cpu"), "bfloat16"):
@@ -201,6 +202,7 @@ def test_losses_stay_float32():
     values = [value for row in rows for value in row.values() if torch.is_tensor(value)]
     assert len(values) == 11 and {v.dtype for v in values} == {*seen} == {torch.float32}
     assert not any(v.requires_grad for v in values)            # a log keeps no graphs
+    assert graphs == [True, True, False]                       # update_D only refines
 
 
 @pytest.mark.parametrize("seconds, asked, said", [

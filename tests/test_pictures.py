@@ -20,10 +20,10 @@ from support.raw import read_rgb
 from support.training import to_float, to_uint8
 
 
-def wild_refiner(maps=6):
+def wild_refiner():
     """An R of the paper's depth that changes a lot and depends on all that it sees."""
     torch.manual_seed(0)
-    R = Refiner(maps)
+    R = Refiner(maps=6)
     for weight in R.parameters():
         weight.data *= 3
     R.register_forward_hook(lambda *_: pytest.fail("a graph") if torch.is_grad_enabled() else None)
