@@ -42,13 +42,14 @@ class Refiner(nn.Module):
 
     def __init__(self, maps=64, blocks=5):
         super().__init__()
-        self.args = {"maps": maps, "blocks": blocks}
+        self.args = {"maps": maps, "blocks": blocks}          # saved beside the weights
         self.first = nn.Conv2d(3, maps, 4)
         self.blocks = nn.Sequential(*[ResnetBlock(maps) for _ in range(blocks)])
         self.last = nn.Conv2d(maps, 3, 1)
 
     def forward(self, x):
-        x = F.relu(self.first(F.pad(x, (1, 2, 1, 2), mode="reflect")))    # [N, maps, H, W]
+        x = F.pad(x, (1, 2, 1, 2), mode="reflect")            # left, right, top, bottom
+        x = F.relu(self.first(x))                                         # [N, maps, H, W]
         return torch.tanh(self.last(self.blocks(x)))                      # [N, 3, H, W]
 
 
@@ -70,7 +71,7 @@ class Discriminator(nn.Module):
     Class 0 is real, class 1 is refined: D(x) = softmax(logits)[:, 1] = P(x is refined).
     SAME padding; 80 x 160 gives 4 x 7 patches, each seeing 50 x 50 pixels. 125,250 parameters.
     `final_relu` is Table 1's last ReLU. It is off by default: where it cuts both logits the
-    patch says 1/2 for ever and has no gradient, and all patches can be so from the first step.
+    patch says 1/2 and gives no gradient, and all patches can be so from the first step.
     `stride` is that of the first convolution, 3 in Table 1; with 1 a patch is 20 x 20 pixels.
     """
 

@@ -160,8 +160,8 @@ def check_out(args, record):
     if source.resolve() in (out, *out.parents):
         raise UserError(f"--out {args.out} lies in {'--images' if args.images else '--data'} "
                         "itself; choose another --out")
-    old = read_record(made) or record
-    for key in ("images", "sha256", "size") if args.images else ("images",):
+    old, keys = read_record(made) or record, ["images", "sha256", "size"]
+    for key in keys if args.images else ["images"]:
         if old.get(key) != record.get(key):
             raise UserError(f"{args.out}: was made with {key} = {old.get(key)}, not "
                             f"{record.get(key)}; choose another --out")

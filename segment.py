@@ -135,7 +135,7 @@ def predict(net, images, args, device):
     return torch.cat(predicted)
 
 
-def trained(network, domain, seed, data, args, device):
+def load_or_train(network, domain, seed, data, args, device):
     """The network trained on `domain`: from results/weights if that very training is there."""
     images, labels = data
     path = args.out / "weights" / f"{network}_{domain}_seed{seed}.pt"
@@ -168,7 +168,7 @@ def train_and_test(network, data, rows, columns, args, device):
     for seed in args.seeds:
         by_seed[seed], matrices[seed] = {}, {}
         for row in rows:
-            net = trained(network, row, seed, data[row, "train"], args, device)
+            net = load_or_train(network, row, seed, data[row, "train"], args, device)
             found = {}
             for d in columns:
                 images, labels = data[d, "test"]

@@ -58,7 +58,7 @@ def pretrain(synthetic, real, seed=0, method="ours", layer="Conv2d_4a_3x3", step
     """R learns to change nothing, D to tell x from y. Returns R, D and the log."""
     psi = None
     if method == "ours":
-        psi = load_inception("random", layer, real, seed)        # random for tests only
+        psi = load_inception("random", layer, real, seed)    # the paper: "imagenet", a download
     torch.manual_seed(seed)
     R = Refiner().to(memory_format=LAYOUT)
     D = Discriminator(final_relu, d_stride).to(memory_format=LAYOUT)
@@ -86,7 +86,7 @@ def train(R, D, synthetic, real, seed=0, steps=5000, batch_size=16, lr=1e-4, d_l
     """Twice R, once D, and so on. Returns the log, R averaged, the best step and its R."""
     optimizer_R, optimizer_D = make_optimizer("sgd", R, lr), make_optimizer(d_optimizer, D, d_lr)
     random = torch.Generator().manual_seed(seed)
-    capacity, n_old = history * batch_size, batch_size // 2 if history else 0
+    capacity, n_old = history * batch_size, (batch_size // 2 if history else 0)
     past = list(as_images(R(draw(synthetic, batch_size, random))))[:capacity]
     mean = {name: weight.clone() for name, weight in R.state_dict().items()}
     log, scores, highest = [], [], -torch.inf

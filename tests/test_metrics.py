@@ -194,12 +194,14 @@ def test_an_all_void_batch_harms_nothing(monkeypatch):
         labels = torch.full((4, 32, 40), 3, dtype=torch.uint8)
         labels[void] = 255
         net = torch.nn.Conv2d(3, 19, 1)
-        net.register_forward_hook(lambda *seen: dtypes.add((seen[-1].dtype, torch.is_grad_enabled())))
+        net.register_forward_hook(
+            lambda *seen: dtypes.add((seen[-1].dtype, torch.is_grad_enabled())))
         before = net.weight.detach().clone()
         train(net, images, labels, args, device, "a test")
         predict(net, images, args, device)
         assert net.weight.isfinite().all() and torch.equal(net.weight, before) != changed
-    assert dtypes == {(torch.bfloat16, True), (torch.bfloat16, False)} and of_losses == {torch.float32}
+    assert dtypes == {(torch.bfloat16, True), (torch.bfloat16, False)}     # False: predict
+    assert of_losses == {torch.float32}
     args.lr, args.precision = torch.inf, "float32"
     with pytest.raises(UserError, match="a test: the loss is nan; try a smaller --lr"):
         train(net, images, labels, args, device, "a test")
