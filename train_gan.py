@@ -35,7 +35,7 @@ from support.training import (OPTIMIZERS, Batches, Training, add_training_flags,
                               rebuild, save_checkpoint, saved_run, settings_of, to_float, to_uint8)
 
 VALUES = 3 * 80 * 160                                  # of one image in the paper
-WARM_UP = 1000        # steps, at most half of a run, of which none is the best: D is fooled still
+WARM_UP = 1000      # steps, at most half of a run, that cannot be the best: D is easily fooled yet
 COLUMNS = ["loss_adv", "loss_rec", "d_loss_real", "d_loss_refined", "d_acc_real",
            "d_acc_refined", "mean_change", "history", "images_per_s", "ssim"]
 
@@ -139,7 +139,7 @@ def update_D(R, D, optimizer, x, y, history, n_old):
 
 @torch.no_grad()
 def refine(R, x):
-    """R(x) in 8 bits, as real images are, lest D tell them by rounding: -> uint8 [N, 3, H, W]."""
+    """R(x) in 8 bits, as real images are, or D could tell them by that: -> uint8 [N, 3, H, W]."""
     return to_uint8(R(x))
 
 

@@ -6,18 +6,15 @@ Writes  demo/seed0/summary.png
     python -m study.demo
 """
 from pathlib import Path
-from statistics import fmean
 
 from prepare import load_images
-from segment import of_seeds
 from support.cli import read_json, start
 from support.figures import save_summary
 from support.training import load_checkpoint
 from train_gan import COLUMNS
 
-
 BASE = Path("demo/seed0")
-TABLES = BASE / "results/8-epochs"                   # of segment.py
+TABLES = BASE / "results/8-epochs"                   # the Makefile's --base, --seeds, --epochs
 
 
 def print_table(table2, segment, on_real):
@@ -39,8 +36,8 @@ def main():
     segment = read_json(TABLES / "segment_unet.json")
     table2 = read_json(BASE / "results/table2.json")
     domains, table = segment["domains"], {}                   # of which real is the last
-    for row in segment["scores"][str(segment["seeds"][0])]:
-        table[row] = [fmean(of_seeds(segment["scores"], row, d, "mIoU")) for d in domains]
+    for row, of_row in segment["scores"]["0"].items():
+        table[row] = [of_row[d]["mIoU"] for d in domains]
     on_real = {row: values[-1] for row, values in table.items()}
     print_table(table2, segment, on_real)
 

@@ -271,7 +271,7 @@ def trainings_table(record, network):
                 cells.append(" / ".join(both))
             rows.append(cells)
     head = [f"{NETWORKS[network]}, trained on", "seeds", "mIoU / accuracy, %, on real",
-            f"after {training_text(*usual)}, no crops"]
+            f"after {training_text(*usual)}, no random crops"]
     return markdown_table(head, rows) if rows else ""
 
 

@@ -15,7 +15,7 @@ Writes  runs/study/NAME/seedN/{data,runs,results}/   large; laid out as a user's
 The same command goes on after a stop: a finished step is not run again; other flags of a training
 want another NAME. --seeds or --rows does a part of the study; two commands with other --seeds can
 run side by side once the data is prepared; a machine that gets the record of another one adds its
-own seeds to it. Street frames may not be passed on, so it writes them below runs/ only.
+own seeds to it. Street frames may not be passed on, so they stay below --base.
 """
 import shlex
 import shutil
@@ -33,8 +33,9 @@ GIVEN = ["synthetic", "real"]                                # made by prepare.p
 
 # The rows, in the order of the work, and what is changed in them. "pretrain", "gan": flags added
 # to those of pretrain.py, train_gan.py. "method": simgan, if not ours. "checkpoint": what refine.py
-# takes, if not average.pt; "of": of that row's training, which is not done again. "filter": images made by that module, of those of the row "of",
-# if any. "segment": False, if no network is trained on the row. "Squares": L_rec by squares.
+# takes, if not average.pt; "of": of that row's training, which is not done again. "filter": images
+# made by that module, of those of the row "of", if any. "segment": False, if no network is trained
+# on the row. "Squares": L_rec by squares.
 ROWS = {
     "synthetic": {},
     "real": {},
@@ -43,7 +44,7 @@ ROWS = {
     "ours": {},
     "rule": {"of": "ours", "checkpoint": "gan.pt"},          # of the paper's best step
     "pretrained": {"of": "ours", "checkpoint": "pretrain.pt", "segment": False},
-    "as-printed": {"pretrain": "--final-relu", "checkpoint": "gan.pt"},       # and the rule
+    "as-printed": {"pretrain": "--final-relu", "checkpoint": "gan.pt"},       # Table 1's ReLU
     "squares": {"gan": "--rec l2"},
     "squares-rule": {"of": "squares", "checkpoint": "gan.pt"},
     "squares-colour": {"of": "squares", "filter": "study.colour"},            # R, then matched
@@ -172,7 +173,7 @@ def numbers_of_seed(folder):
         found = read_json(path)
         (tested,) = found["confusion"].values()               # of one seed
         segment.append({"network": found["network"], "epochs": found["epochs"],
-                        "random_crops": found["settings"].get("random_crops", False),
+                        "random_crops": found["settings"]["random_crops"],
                         "tested": tested})
     settings = read_json(folder / "settings.json")
     return {"settings": settings, "table2": {key: table2[key] for key in TABLE2},

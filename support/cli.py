@@ -56,13 +56,14 @@ def start(main):
                               "a file")
         if not isinstance(error, (UserError, OSError)):
             raise                                    # a mistake of ours: the traceback
-        status, why = 2, f"error: {error}"
+        status, line = 2, f"error: {error}"
     except KeyboardInterrupt as stop:                # with a text: a training that has saved
         status = 130
-        why = f"stopped {stop}; --resume goes on" if str(stop) else "stopped; run it again"
+        line = f"stopped {stop}; --resume goes on" if str(stop) else "stopped; run it again"
+        print(file=sys.stderr)                       # below its ^C
     for bar in BARS:
         bar.close()
-    print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -117,9 +117,9 @@ def noise(seed, size=(48, 64), high=256):
     return Image.fromarray(np.random.default_rng(seed).integers(0, high, (*size, 3), np.uint8))
 
 
-def blocks(seed, ids=(0, 1, 4, 7, 8, 11, 17, 18, 21, 23, 26, 33, 34), size=(48, 64)):
-    """A label of 4 x 4 blocks of these ids; 18 and 34 are no class of ours."""
-    some = np.random.default_rng(seed).choice(np.uint8(ids), (size[0] // 4, size[1] // 4))
+def blocks(seed, ids=(0, 1, 4, 7, 8, 11, 17, 18, 21, 23, 26, 33, 34)):
+    """A label, 48 x 64, of 4 x 4 blocks of these ids; 18 and 34 are no class of ours."""
+    some = np.random.default_rng(seed).choice(np.uint8(ids), (12, 16))
     return Image.fromarray(some.repeat(4, 0).repeat(4, 1))
 
 

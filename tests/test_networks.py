@@ -157,8 +157,7 @@ def test_backbone_weights_from_a_file(tmp_path):
 
 
 def test_a_refiner_of_an_older_checkpoint_loads():
-    """Its arguments may name an option that is gone; one that had been
-    used is refused."""
+    """Its arguments may name an option that is gone; one that had been used is refused."""
     state, x = load_checkpoint(ROOT / "study/refiner.pt", ["average"], ""), torch.rand(1, 3, 24, 48)
     net = rebuild(Refiner, state, "refiner", "refiner.pt")
     state["refiner_args"]["skip"] = False

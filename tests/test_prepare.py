@@ -6,7 +6,7 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from conftest import blocks, call, content, encoded, fill, noise, record, save
+from conftest import call, content, encoded, fill, noise, record, save
 from PIL import Image
 from torchvision.datasets import Cityscapes
 

@@ -272,6 +272,9 @@ def check_the_demos_end(base, monkeypatch, capsys):
     for row, values in table.items():
         bar = "#" * round(40 * values[-1] / best)
         assert f"\n  {row:12s}{values[-1]:.3f} mIoU  {bar}\n" in out
+    for row, of_row in json.loads((base / "results/table2.json").read_text())["rows"].items():
+        if "fid" in of_row["scores"]:
+            assert f"\n  {row:32s}{of_row['scores']['fid']['value']:8.1f}\n" in out
     *strips, ssim, _, _, matrix = drawn[0].axes
     assert [axis.get_ylabel() for axis in strips] == ["synthetic", "refined", "real"]
     assert strips[0].images[0].get_array().shape == (24, 3 * 48, 3)      # side by side
