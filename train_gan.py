@@ -35,7 +35,7 @@ from support.training import (OPTIMIZERS, Batches, Training, add_training_flags,
                               rebuild, save_checkpoint, saved_run, settings_of, to_float, to_uint8)
 
 VALUES = 3 * 80 * 160                                  # of one image in the paper
-WARM_UP = 1000      # steps, at most half of a run, that cannot be the best: D is easily fooled yet
+WARM_UP = 1000      # first steps, at most half of a run, that cannot be the best: D is weak there
 COLUMNS = ["loss_adv", "loss_rec", "d_loss_real", "d_loss_refined", "d_acc_real",
            "d_acc_refined", "mean_change", "history", "images_per_s", "ssim"]
 
@@ -74,7 +74,8 @@ class History:
 class BestStep:
     """R at the best step by the paper's rule (sections 5.1 and 5.5): "generator losses and
     discriminator losses for real images are the lowest, and the discriminator losses for refined
-    images are the highest". Here: the highest mean of d_loss_refined - d_loss_real - loss_adv."""
+    images are the highest". Here: the highest mean of d_loss_refined - d_loss_real - loss_adv, as
+    no formula is given; L_adv, not L_R, is taken for the generator loss."""
 
     def __init__(self):
         self.step, self.score, self.refiner = 0, -math.inf, {}

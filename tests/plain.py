@@ -3,7 +3,7 @@
 Read `pretrain`, `train` and `train_unet`. x is synthetic, y real; R refines, D tells refined from
 real. Images are uint8 [N, 3, H, W], labels uint8 [N, H, W]; networks take floats in [-1, 1].
 
-The stages give the same bits, since both draw their random numbers in this order:
+The stages give the same bits: this file draws its random numbers as they do, in this order:
 - pre-training: torch's generator gives R's weights, then D's. Another one gives each step of R a
   synthetic batch, each step of D a synthetic and a real one; all batches with replacement.
 - adversarial training: a new one gives a synthetic batch, whose refined images begin the history.
@@ -58,7 +58,7 @@ def pretrain(synthetic, real, seed=0, method="ours", layer="Conv2d_4a_3x3", step
     """R learns to change nothing, D to tell x from y. Returns R, D and the log."""
     psi = None
     if method == "ours":
-        psi = load_inception("random", layer, real, seed)    # the paper: "imagenet", a download
+        psi = load_inception("random", layer, real, seed)    # there: "imagenet", a download
     torch.manual_seed(seed)
     R = Refiner().to(memory_format=LAYOUT)
     D = Discriminator(final_relu, d_stride).to(memory_format=LAYOUT)

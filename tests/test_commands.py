@@ -265,7 +265,7 @@ def test_every_flag_refuses_what_is_no_choice_or_number(script, monkeypatch, cap
 def test_the_readmes_result_is_the_studys():
     """mIoU and accuracy of every row stand so in the tables that study.report made."""
     scores = {}
-    for study in ("game", "gtav"):
+    for study in ("game", "control"):
         record = (ROOT / f"study/results/{study}-80x160.md").read_text(encoding="utf-8")
         table = re.search(r"\| trained on \| seeds .*?\n\n", record, re.S)[0]     # U-Net's
         for line in table.strip().splitlines()[2:]:
@@ -277,4 +277,4 @@ def test_the_readmes_result_is_the_studys():
     assert [line[0] for line in lines] == ["synthetic", "colour", "simgan", "ours", "real"]
     for row, miou, accuracy, look, _ in lines:                        # the last is the paper's
         assert scores["game", row] == [miou, accuracy], row
-        assert " / ".join(scores.get(("gtav", row), "-")) == look, row
+        assert " / ".join(scores.get(("control", row), "-")) == look, row
