@@ -166,7 +166,7 @@ def hold_out(domain, train, test, args, rng):
 def plan(args):
     """Which raw frame goes where: {(domain, split): Part}, and all that was Found."""
     parts, found = {}, Found([], [], Counter())
-    for domain, stream in (("synthetic", 0), ("real", 2)):       # of random numbers; another is another split
+    for domain, stream in (("synthetic", 0), ("real", 2)):       # of rng: it decides the split
         rng = np.random.default_rng([args.seed, stream])
         train, test = find(domain, args)
         for some in filter(None, (train, test)):

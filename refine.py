@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from models import Refiner
-from prepare import files_of
+from prepare import files_of, names
 from support.cli import (UserError, announce, lock, parser, path_of, positive, progress,
                          read_record, start, write_json, write_png)
 from support.images import read_stack, sha256_of
@@ -56,20 +56,14 @@ def refine_split(R, source, target, device, batch_size):
 
 
 def refine_domain(R, args, record, device):
-    """Refine every split of --data; refine.json says when all of it is there."""
-    splits = [split for split in ("train", "test") if (args.data / split).is_dir()]
-    if not splits:
-        raise UserError(f"{args.data}: no train/ or test/ in it; --data wants a domain folder "
-                        "made by prepare.py")
+    """Refine train/ and test/ of --data; refine.json says when all of it is there."""
+    record["source_sha256"], count = {}, 0
     for split in ("train", "test"):
-        if split not in splits and (args.out / split).exists():
-            raise UserError(f"{args.out}: has {split}/, which {args.data} has not; choose another "
-                            "--out")
-    record["source_sha256"] = {split: sha256_of(args.data / split) for split in splits}
+        names(args.data / split)                              # or its UserError, before any work
+        record["source_sha256"][split] = sha256_of(args.data / split)
     lock(args.out)
     write_json(args.out / "refine.json", {**record, "finished": False})
-    count = 0
-    for split in splits:
+    for split in ("train", "test"):
         count += refine_split(R, args.data / split, args.out / split, device, args.batch_size)
     write_json(args.out / "refine.json", {**record, "finished": True})
     print(f"done: {count} refined images, with labels where there are any, in {args.out}/")

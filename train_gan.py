@@ -37,7 +37,7 @@ from support.training import (OPTIMIZERS, Batches, Training, add_training_flags,
 VALUES = 3 * 80 * 160                                  # of one image in the paper
 WARM_UP = 1000      # first steps, at most half of a run, that cannot be the best: D is weak there
 COLUMNS = ["loss_adv", "loss_rec", "d_loss_real", "d_loss_refined", "d_acc_real",
-           "d_acc_refined", "mean_change", "history", "images_per_s", "ssim"]
+           "d_acc_refined", "mean_change", "history", "ssim"]
 
 
 class History:
@@ -231,7 +231,7 @@ def arguments():
     add_training_flags(p)
     p.add_argument("--method", choices=["ours", "simgan"], default="ours",
                    help="whose pretrain.pt to start from; the rest is the same")
-    p.add_argument("--alpha", type=not_negative, default=50, help="(paper) weight of L_adv")
+    p.add_argument("--alpha", type=not_negative, default=50.0, help="(paper) weight of L_adv")
     p.add_argument("--beta", type=not_negative, default=4e-6, help="(paper) weight of L_rec")
     p.add_argument("--steps", type=positive(int), default=5000, help="(paper)")
     p.add_argument("--lr", type=positive(float), default=1e-4, help="(paper) of R")

@@ -11,7 +11,6 @@ from prepare import load_images
 from support.cli import read_json, start
 from support.figures import save_summary
 from support.training import load_checkpoint
-from train_gan import COLUMNS
 
 BASE = Path("demo/seed0")
 TABLES = BASE / "results/8-epochs"                   # the Makefile's --base, --seeds, --epochs
@@ -46,8 +45,7 @@ def main():
     for caption, domain in (("synthetic", "synthetic"), ("refined", "ours"), ("real", "real")):
         images[caption] = load_images(BASE / "data" / domain / "test")[:5]
     last = load_checkpoint(BASE / "runs/ours/last.pt", ["gan"], "run train_gan.py first")
-    log = [dict(zip(COLUMNS, row)) for row in last["log"]]
-    save_summary(BASE / "summary.png", images, log, last["best"]["step"], table, domains)
+    save_summary(BASE / "summary.png", images, last["log"], last["best"]["step"], table, domains)
     print(f"\nAll in one picture: {BASE}/summary.png. Tables: {BASE}/results/table2.md, "
           f"{TABLES}/segment_unet.md. Training: {BASE}/runs/ours/samples/")
 

@@ -92,21 +92,16 @@ def match_labels(keys, labels, ids):
     ids: what they hold, unless a name says it. Returns {key: (label, its ids)} and how many other
     files there are, by ending."""
     pictures, others = pictures_below(labels)
-    wanted = ["", "_labelIds", "_labelTrainIds"]     # of an image's labels the first of these
-    if ids == "trainIds":
-        wanted = wanted[::-1]
-    best = {}
-    for path in pictures:
-        key, kind = key_of(path, labels)
-        if kind in wanted:                           # and of two of a kind the PNG
-            label = wanted.index(kind), path.suffix.lower() != ".png", path
-            best[key] = min(label, best.get(key, label))
-    named = [path for rank, _, path in best.values() if wanted[rank] == "_labelIds"]
-    said = {"": ids, "_labelIds": what_ids(named, ids), "_labelTrainIds": "trainIds"}
-    label_of = {}
-    for key in keys & best.keys():
-        rank, _, path = best[key]
-        label_of[key] = path, ids if ids == "classes" else said[wanted[rank]]
+    file_of, label_of = {}, {}
+    for path in sorted(pictures, key=lambda path: path.suffix.lower() != ".png"):
+        file_of.setdefault(key_of(path, labels), path)       # of two of a kind the PNG
+    named = [path for (_, kind), path in file_of.items() if kind == "_labelIds"]
+    said = {"_labelTrainIds": "trainIds", "_labelIds": what_ids(named, ids), "": ids}
+    kinds = list(said)[::-1] if ids == "trainIds" else list(said)
+    for key in keys:
+        for kind in kinds:                           # of an image's labels the last of these
+            if (key, kind) in file_of:
+                label_of[key] = file_of[key, kind], ids if ids == "classes" else said[kind]
     for path in sorted(set(pictures) - {path for path, _ in label_of.values()}):
         key, kind = key_of(path, labels)
         known = kind or key in keys

@@ -169,10 +169,9 @@ def add_training_flags(p):
 
 def settings_of(args, **data):
     """What decides a training, as text: its flags but those that a --resume may change, and a
-    hash of what it starts from, {name: tensors}. 50.0 is 50."""
+    hash of what it starts from, {name: tensors}."""
     free = {"run", "data", "resume", "overwrite", "device", "save_every", "compile"}
-    settings = {flag: str(value).removesuffix(".0") for flag, value in vars(args).items()
-                if flag not in free}
+    settings = {flag: str(value) for flag, value in vars(args).items() if flag not in free}
     for name, tensors in data.items():
         settings[name] = sha256(tensors)[:16]
     return settings
@@ -236,17 +235,13 @@ class Training:
     def restore(self, saved):
         """Make all parts, the log and the step what they were; UserError at other settings."""
         for key, value in self.settings.items():
-            old = str(saved["settings"].get(key, value))     # an older version has not noted all
-            if old.removesuffix(".0") != value:
+            old = saved["settings"].get(key)
+            if old != value:
                 raise UserError(f"{self.path}: was run with {key} = {old}, not {value}; --resume "
                                 "goes on with the same settings only")
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
-        self.step = saved["step"]
-        if any(len(row) != len(self.columns) for row in saved["log"]):
-            raise UserError(f"{self.path}: its log has other columns, so it was saved by an older "
-                            "version; delete it and start anew")
-        self.rows = [dict(zip(self.columns, row)) for row in saved["log"]]
+        self.step, self.rows = saved["step"], saved["log"]
 
     def save(self, finished):
         """Write the log as a table, then everything into one checkpoint, each one whole."""
@@ -261,25 +256,22 @@ class Training:
             if hasattr(part, "args"):                     # of a network: what builds it again
                 state[f"{name}_args"] = part.args
         save_checkpoint(self.path, self.stage, settings=self.settings, step=self.step,
-                        finished=finished, log=[list(row.values()) for row in self.rows], **state)
+                        finished=finished, log=self.rows, **state)
 
     def steps(self, total, save_every, before_saving=lambda: None):
         """Yield the numbers of the steps that are still to do. After each one: the progress bar;
         every so often, at the end and when asked to stop: `before_saving` and a save."""
         stop, self.clock = stop_requests(), time.perf_counter()
         bar = progress(total=total, initial=self.step, unit="step", desc=self.stage)
-        if self.step == total:                        # what was deleted since is made again
-            before_saving()
         while self.step < total:
             self.step += 1
             yield self.step
             bar.update()
             save = bool(self.step % save_every == 0 or self.step == total or stop)
-            # Not at every step, since it waits for a GPU; and right after a picture, so that its
-            # time is not taken for that of steps.
-            if save or not self.unread or time.perf_counter() > self.clock + 1:
-                self.read()
-                bar.set_postfix_str(self.latest(), refresh=False)
+            if save or time.perf_counter() > self.clock + 1:   # not at every step: it would wait
+                self.read()                                    # for a GPU
+                shown = [(column, v) for column, v in self.rows[-1].items() if v == v]   # not nan
+                bar.set_postfix(shown[:4], refresh=False)
             if save:
                 before_saving()
                 self.save(finished=self.step == total)
@@ -299,8 +291,6 @@ class Training:
         for row in self.unread:
             tensors += [value for value in row.values() if torch.is_tensor(value)]
         numbers = iter(torch.stack(tensors).tolist() if tensors else [])
-        now = time.perf_counter()
-        rate = len(self.unread) * int(self.settings["batch_size"]) / (now - self.clock)
         for row in self.unread:
             for column, value in row.items():
                 row[column] = next(numbers) if torch.is_tensor(value) else value
@@ -308,14 +298,8 @@ class Training:
                     raise UserError(f"step {len(self.rows) + 1}: {column} is {row[column]}; the "
                                     f"last good state is {self.path}, if any was saved; try a "
                                     "smaller --lr or --d-lr")
-            row["images_per_s"] = rate
             self.rows.append({column: row.get(column, math.nan) for column in self.columns})
-        self.unread, self.clock = [], now
-
-    def latest(self):
-        """The first columns of the last row, for the progress bar."""
-        row = [(column, v) for column, v in self.rows[-1].items() if v == v][:4]       # not nan
-        return ", ".join(v if isinstance(v, str) else f"{column} {v:.3g}" for column, v in row)
+        self.unread, self.clock = [], time.perf_counter()
 
 
 # ------------------------------------------------------------------------------- checkpoints
@@ -364,9 +348,7 @@ def load_checkpoint(path, stages, advice):
 def rebuild(Network, state, name, path):
     """The network `name` of a checkpoint, weights loaded; UserError if it is of another kind."""
     try:
-        arguments = state[f"{name}_args"].items()
-        # "skip": of R in older checkpoints, always False
-        net = Network(**{key: v for key, v in arguments if (key, v) != ("skip", False)})
+        net = Network(**state[f"{name}_args"])
         net.load_state_dict(state[name])
         return net
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -137,8 +137,7 @@ MISTAKES = [
     ("refine.py --checkpoint pretrain.pt --images ok --out x --size 3 9", "--size 4 x 4"),
     ("refine.py --checkpoint pretrain.pt --images ok --out x --size 9 4097", "--size 4096"),
     ("refine.py --checkpoint pretrain.pt --size 9 9 --out x", "--size goes with --images"),
-    ("refine.py --checkpoint pretrain.pt --data trains --out good/synthetic",
-     "good/synthetic: has test/, which trains has not; choose another"),
+    ("refine.py --checkpoint pretrain.pt --data trains --out new", "trains/test/images: prepare.py"),
     ("refine.py --checkpoint segment.pt --out new", "segment.pt: average, segment; train_gan.py"),
     ("pretrain.py --data good --inception nowhere.pt", "--inception nowhere.pt"),
     ("pretrain.py --data good --inception random --layer fc",
@@ -212,7 +211,6 @@ def empty(tmp_path_factory):
     for file in ("same/00.png", "same/00_leftImg8bit.png", "twice/00.jpg",
                  "mixed/00_gtFine_color.png"):
         save(cwd / file, noise(0))
-    (cwd / "good/synthetic/refine.json").write_text('{"finished": true}')
     (cwd / "empty").mkdir()
     return cwd
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, save
+from conftest import save
 from torch import nn
 
 import pretrain
@@ -16,8 +16,7 @@ from models import (DeepLabV3Plus, Discriminator, Refiner, inception_features, l
                     resize_299)
 from support import training
 from support.cli import UserError
-from support.training import (autocast, load_checkpoint, make_optimizer, rebuild, to_float,
-                              to_uint8)
+from support.training import autocast, make_optimizer, to_float, to_uint8
 
 
 # ------------------------------------------------------------------------------- networks
@@ -154,17 +153,6 @@ def test_backbone_weights_from_a_file(tmp_path):
 
 
 # ----------------------------------------------------------------------------- checkpoints
-
-
-def test_a_refiner_of_an_older_checkpoint_loads():
-    """Its arguments may name an option that is gone; one that had been used is refused."""
-    state, x = load_checkpoint(ROOT / "study/refiner.pt", ["average"], ""), torch.rand(1, 3, 24, 48)
-    net = rebuild(Refiner, state, "refiner", "refiner.pt")
-    state["refiner_args"]["skip"] = False
-    assert torch.equal(rebuild(Refiner, state, "refiner", "old.pt")(x), net(x))
-    state["refiner_args"]["skip"] = True
-    with pytest.raises(UserError, match="old.pt.*refiner"):
-        rebuild(Refiner, state, "refiner", "old.pt")
 
 
 def test_bfloat16_changes_the_arithmetic_not_the_interface():
