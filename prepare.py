@@ -310,7 +310,7 @@ def arguments():
                    help="what the labels hold (default: labelIds)")
     p.add_argument("--classes", type=path_of, metavar="FILE", help="names of your own classes, one "
                    "a line; the labels of --synthetic and --real hold line numbers from 0, or 255")
-    p.add_argument("--workers", type=positive(int), default=cpus(), help="processes")
+    p.add_argument("--workers", type=positive(int), default=cpus(), help="threads")
     p.add_argument("--strict", action="store_true", help="stop at the first bad frame")
     args = p.parse_args()
     check_flags(p, args)
@@ -362,7 +362,7 @@ def main():
         raise UserError("{}: {} (--strict)".format(*found.skipped[0]))
     print(f"prepare.py: {len(found.frames)} frames -> {args.out}/, {args.size[0]} x "
           f"{args.size[1]}, crop {args.crop or 'none'}, seed {args.seed}, {args.workers} "
-          f"processes, to test on: {parts['synthetic', 'test'].wanted} synthetic, "
+          f"threads, to test on: {parts['synthetic', 'test'].wanted} synthetic, "
           f"{parts['real', 'test'].wanted} real (--test)")
 
     # 2. A folder for them, which says that it is not finished.

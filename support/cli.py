@@ -1,16 +1,11 @@
 """What every script needs and no paper speaks of: one-line errors, flags, whole writes, locks."""
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import shlex
-import signal
 import sys
 import tempfile
-import threading
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -133,28 +128,6 @@ def progress(iterable=None, **options):
     return BARS[-1]
 
 
-def in_parallel(function, jobs, workers):
-    """Yield function(job) for every job, in order, computed by `workers` processes."""
-    workers = min(workers, len(jobs), 61)            # Windows takes no more
-    try:
-        with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
-            yield from progress(pool.map(function, jobs), total=len(jobs), unit="image")
-    except BrokenProcessPool:
-        raise UserError(f"--workers {workers}: one of them was killed, most likely for want of "
-                        "memory; use fewer, or a smaller --size") from None
-
-
-def end_with_parent():
-    """In a worker: leave a Ctrl-C to the main process, and end when that has, since a SIGKILL of it
-    tells nobody."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-
 # ----------------------------------------------------------------------------------- files
 
 
@@ -222,7 +195,7 @@ def lock(folder):
         return
     file = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)    # open to the end
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)     # not inherited by workers
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{folder}: another process is writing there; wait for its end or choose "
                         "another folder") from None

@@ -3,13 +3,14 @@ import os
 import struct
 import unicodedata
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from support.cli import UserError, in_parallel, read_record
+from support.cli import UserError, progress, read_record
 
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}       # Pillow knows them by name only
 ENDINGS = {ending for ending, name in Image.registered_extensions().items()
@@ -348,18 +349,24 @@ def check_settings(file, settings):
 
 def usable(make, frames, wanted, workers):
     """Try frames in turn until `wanted` are usable: {frame: what make(frame) has returned} of those
-    and of all bad ones, whose `why` says what is wrong. It may make more than it returns."""
-    done, missing, round_ = {}, wanted, 0
-    while frames and missing:
-        some, frames = frames[:missing << round_], frames[missing << round_:]
-        for made, frame in zip(in_parallel(make, some, workers), some):
-            if made.why or missing:
-                done[frame] = made
-                missing -= not made.why
-        if missing == wanted:
-            print(f"none of the first {len(done)} frames can be used, the last: {frame.image}: "
-                  f"{made.why}", flush=True)
-        round_ += 1                                  # more at once, should all of them be bad
+    and of all bad ones before, whose `why` says what is wrong. It may make more than it returns.
+
+    By threads, since Pillow decodes and resizes without Python's lock."""
+    done, missing, pool = {}, wanted, ThreadPoolExecutor(workers)
+    bar = progress(total=min(wanted, len(frames)), unit="image")
+    try:
+        for frame, made in zip(frames, pool.map(make, frames)):
+            done[frame] = made
+            missing -= not made.why
+            bar.update(not made.why)
+            if missing == wanted == len(done):
+                print(f"none of the first {wanted} frames can be used, the last: {frame.image}: "
+                      f"{made.why}", flush=True)
+            if not missing:
+                break
+    finally:
+        pool.shutdown(cancel_futures=True)           # waits for those that are being made
+    bar.close()
     return done
 
 

@@ -37,7 +37,6 @@ def as_main(script, args, cwd, out, megabytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 1e6),) * 2)
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{out}/{name}", os.O_WRONLY | os.O_CREAT), stream)
-    multiprocessing.set_start_method("fork", force=True)       # of its own workers, as usual
     signal.signal(signal.SIGINT, signal.default_int_handler)   # which a shell's & ignores
     signal.signal(signal.SIGHUP, signal.SIG_DFL)               # and this one nohup
     torch = sys.modules["torch"]

@@ -91,7 +91,6 @@ def test_data_stages_killed_and_run_again(fresh, command, out):
         time.sleep(chance.uniform(0, longest))
         process.kill()
         killed = process.wait() == -signal.SIGKILL
-        time.sleep(0.3)                     # what Python needs to start: the workers end in less
         if killed and content(fresh / out) != content(fresh / "whole"):   # not after its last byte
             met += 1
             for split in (fresh / out).glob("**/t[er]*"):              # train and test
@@ -104,7 +103,7 @@ def test_data_stages_killed_and_run_again(fresh, command, out):
 
 
 def test_ctrl_c_in_prepare_is_one_line(tmp_path):
-    """Also of the workers, two of which have nothing to do: the fifth frame is the third's."""
+    """While its threads draw."""
     with open(tmp_path / "err", "w") as err:
         process = subprocess.Popen(
             [sys.executable, ROOT / "prepare.py", "--demo", "--size", "400", "800", "--test", "5",

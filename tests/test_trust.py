@@ -394,7 +394,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
     assert "no locks" in capsys.readouterr().err
 
 
-# --------------------------------------------------- a second process, memory, a killed worker
+# --------------------------------------------------- a second process, memory
 
 
 @pytest.mark.parametrize("folder, command", [
@@ -435,13 +435,3 @@ def test_what_a_user_can_mend_is_one_line(error, words, capsys):
         err = capsys.readouterr().err
         assert ": error: " in err and err.count("\n") == 1
         assert all(word in err for word in words), err
-
-
-def test_a_worker_that_is_killed(tmp_path, monkeypatch):
-    """As the kernel does when memory runs out: one line that names --workers."""
-    def broken(*_, **__):
-        raise cli.BrokenProcessPool("abruptly")
-    monkeypatch.setattr(cli.ProcessPoolExecutor, "map", broken)
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "--demo", "--out", str(tmp_path / "d")])
-    with pytest.raises(UserError, match="--workers"):
-        prepare.main()
