@@ -353,12 +353,11 @@ def usable(make, frames, wanted, workers):
 
     By threads, since Pillow decodes and resizes without Python's lock."""
     done, missing, pool = {}, wanted, ThreadPoolExecutor(workers)
-    bar = progress(total=min(wanted, len(frames)), unit="image")
+    tried = progress(pool.map(make, frames), total=min(wanted, len(frames)), unit="image")
     try:
-        for frame, made in zip(frames, pool.map(make, frames)):
+        for frame, made in zip(frames, tried):
             done[frame] = made
             missing -= not made.why
-            bar.update(not made.why)
             if missing == wanted == len(done):
                 print(f"none of the first {wanted} frames can be used, the last: {frame.image}: "
                       f"{made.why}", flush=True)
@@ -366,7 +365,6 @@ def usable(make, frames, wanted, workers):
                 break
     finally:
         pool.shutdown(cancel_futures=True)           # waits for those that are being made
-    bar.close()
     return done
 
 

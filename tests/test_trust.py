@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ import prepare
 from prepare import PALETTE, TABLE, check_domains, load_labels, names
 from support import cli
 from support.cli import UserError, lock, write_text
+from support.raw import usable
 
 FLAGS = ["--crop", "none", "--size", 24, 48, "--workers", 1]
 
@@ -92,6 +94,18 @@ def test_bad_frames_do_not_eat_test_and_limit(tmp_path, seed):
         assert (f"{domain}/train: asked {limit}, got" in out) == (limit > usable - test)
         first = np.random.default_rng([seed, stream]).permutation(14)[:test]
         assert {f"{i:02d}" for i in first if i not in bad} <= set(found["test"])
+
+
+def test_frames_that_nobody_asked_for_are_not_made():
+    """But for those that other threads have begun."""
+    def make(frame):
+        time.sleep(0.01)
+        tried.append(frame)
+        return prepare.Made(why="bad" if frame.name < 4 else None)
+    tried = []
+    done = usable(make, [prepare.Frame(i, *[None] * 3) for i in range(100)], 3, 2)
+    assert [f.name for f, made in done.items() if not made.why] == [4, 5, 6] and len(done) == 7
+    assert 7 <= len(tried) < 50
 
 
 @pytest.mark.parametrize("count, test", [(4, 2), (10, 3), (40, 8), (2000, 200)])
