@@ -272,7 +272,7 @@ def load_checkpoints(args):
     if saved:
         old = int(saved["settings"]["steps"])
         same_looks = old >= 2 * WARM_UP and old % args.sample_every == 0
-        if same_looks and args.steps >= max(2 * WARM_UP, saved["step"]):
+        if same_looks and args.steps >= 2 * WARM_UP and args.steps > saved["step"]:
             saved["settings"]["steps"] = str(args.steps)
     return saved, pretrained
 

@@ -12,8 +12,8 @@ Writes  runs/study/NAME/seedN/{data,runs,results}/   large; laid out as a user's
       --prepare "--gta5 ~/gtav --cityscapes ~/cityscapes"
     python -m study.report paper-size
 
-The same command goes on after a stop: a finished step is not run again; other flags of a training
-want another NAME. --seeds or --rows does a part of the study; two commands with other --seeds can
+The same command goes on after a stop: a finished step is not run again, unless its folder has been
+deleted; other flags of a training want another NAME. --seeds or --rows does a part of the study; two commands with other --seeds can
 run side by side once the data is prepared; a machine that gets the record of another one adds its
 own seeds to it. Street frames may not be passed on, so they stay below --base.
 """
@@ -110,9 +110,10 @@ def run(command):
         raise UserError("the study stopped (see above); the same command goes on")
 
 
-def once(stamp, command, history, resume=False):
-    """Run a command unless its stamp says that it has ended with this very history: all commands
-    that its result comes from, as text."""
+def once(step, command, history, resume=False):
+    """Run a command unless a stamp in the folder that it makes says that it has ended with this
+    very history: all commands that its result comes from, as text."""
+    stamp = Path(command[command.index("--run" if "--run" in command else "--out") + 1], f".{step}")
     if stamp.is_file() and stamp.read_text(encoding="utf-8", errors="surrogateescape") == history:
         return
     run(command + ["--resume"] if resume else command)
@@ -129,7 +130,7 @@ def make_row(name, seed, folder, args, history):
             trained = Path(command[command.index("--run") + 1])
             resume = (trained / CHECKPOINTS[command[0]]).exists()
         history.append(shlex.join(command))
-        once(folder / "stamps" / step, command, "\n".join(history), resume)
+        once(step, command, "\n".join(history), resume)
     return history
 
 
@@ -150,14 +151,14 @@ def run_seed(seed, history, args):
         key: getattr(args, key) for key in ("prepare", "pretrain", "gan", "precision")})
     evaluate = ["evaluate.py", "--data", f"{folder}/data", "--out", f"{folder}/results",
                 "--inception", str(args.inception)]
-    once(folder / "stamps/evaluate", evaluate, "\n".join([*made, shlex.join(evaluate)]))
+    once("evaluate", evaluate, "\n".join([*made, shlex.join(evaluate)]))
     write_record(args)
     for network, epochs, rows, flags in segmentations(args):
         name = "".join([f"{epochs}-epochs", *flags])
         command = ["segment.py", "--data", f"{folder}/data", "--out", f"{folder}/results/{name}",
                    "--network", network, "--epochs", str(epochs), "--seeds", str(seed),
                    "--precision", args.precision, *flags, "--train", *rows]
-        once(folder / f"stamps/{network}-{name}", command, "\n".join([*made, shlex.join(command)]))
+        once(network, command, "\n".join([*made, shlex.join(command)]))
         write_record(args)
 
 
@@ -212,17 +213,23 @@ def write_record(args):
             shutil.copy(curves[0], temporary)
 
 
+def flags(text):
+    """An argparse type: flags of a stage, in one string."""
+    shlex.split(text)                                         # ValueError: a quotation has no end
+    return text
+
+
 def arguments():
     p = parser(__doc__)
     p.add_argument("name", help="of the study: its folder in runs/study, its record")
-    p.add_argument("--prepare", required=True, help="flags of prepare.py, in one string")
+    p.add_argument("--prepare", type=flags, required=True, help="of prepare.py, in one string")
     add_inception_flag(p)
     p.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="all of it for each")
     p.add_argument("--rows", choices=ROWS, nargs="+", default=list(ROWS), metavar="ROW",
                    help="of the study, the same in every command: " + ", ".join(ROWS))
-    p.add_argument("--pretrain", default="", help="flags of pretrain.py, every row; a "
-                   "single one as --pretrain=--d-stride=1")
-    p.add_argument("--gan", default="", help="flags of train_gan.py, every row")
+    p.add_argument("--pretrain", type=flags, default="", help="of pretrain.py, every row; a single "
+                   "one as --pretrain=--d-stride=1")
+    p.add_argument("--gan", type=flags, default="", help="of train_gan.py, every row")
     add_precision_flag(p)
     p.add_argument("--epochs", type=positive(int), nargs="+", default=[30, 8],
                    help="of the segmenters: the tables are of the first, U-Net has all of them")
@@ -247,7 +254,7 @@ def main():
           f"{args.results}/{args.name}.json", flush=True)
     check_record(args)
     prepare = ["prepare.py", "--out", f"{args.base}/data", *shlex.split(args.prepare)]
-    once(args.base / "stamps/prepare", prepare, shlex.join(prepare))
+    once("prepare", prepare, shlex.join(prepare))
     for seed in args.seeds:
         run_seed(seed, [shlex.join(prepare)], args)
     print(f"done: {args.results}/{args.name}.json; python -m study.report {args.name} --results "

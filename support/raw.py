@@ -23,7 +23,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.
 
 # Endings of label maps beside which another one may lie, and the folders of data sets.
 KINDS = ["_labelIds", "_labelTrainIds", "_instanceIds", "_color"]
-LABEL_FOLDERS = {"labels", "gtfine", "gtcoarse"}
+LABEL_FOLDERS = {"labels", "masks", "depth", "gtfine", "gtcoarse"}
 
 
 class Frame(NamedTuple):
@@ -71,10 +71,9 @@ def pictures_below(folder):
 
 def only_photographs(folder, pictures):
     """UserError if label maps are among the pictures of a folder that was given for its images."""
-    endings = tuple(kind.lower() for kind in KINDS)
     for path in pictures:
         folders = {part.lower() for part in path.relative_to(folder).parent.parts}
-        if folders & LABEL_FOLDERS or path.stem.lower().endswith(endings):
+        if folders & LABEL_FOLDERS or path.stem.endswith(tuple(KINDS)):
             raise UserError(f"{path}: seems to be a label map, but {folder} was given for its "
                             "images; give the folder of the photographs alone")
 

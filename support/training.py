@@ -263,6 +263,9 @@ class Training:
         every so often, at the end and when asked to stop: `before_saving` and a save."""
         stop, self.clock = stop_requests(), time.perf_counter()
         bar = progress(total=total, initial=self.step, unit="step", desc=self.stage)
+        if self.step == total:                        # what was deleted since is made again
+            before_saving()
+            self.save(finished=True)
         while self.step < total:
             self.step += 1
             yield self.step

@@ -161,6 +161,7 @@ MISTAKES = [
     ("segment.py --lr inf", "--lr above 0"),
     ("segment.py --data good --backbone-weights none.pt", "--backbone-weights none.pt"),
     ("study.run tiny", "--prepare"),
+    ("study.run tiny --prepare \"--gta5 john's\"", "--prepare: john's"),
     ("study.run tiny --prepare '--classes a.txt'", "--prepare: leave out --classes"),
     ("study.bench --batch-size 1", "--batch-size 2"),
     ("study.bench --size 8 24", "--size 24 x"),

@@ -50,14 +50,19 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh):
     _, err = call("train_gan.py", "--steps", 3, *GAN, "--alpha", 1, "--resume", cwd=fresh,
                   status=2)
     assert "alpha" in err and "50" in err
+    for name in ("average.pt", "log.csv"):                      # made again by the next line
+        (fresh / "runs/ours" / name).unlink()
     call("train_gan.py", "--steps", 3, *GAN, "--alpha", 50, "--resume", "--overwrite", "--device",
          "cpu", cwd=fresh)                                      # --resume comes first
+    after = {p: p.read_bytes() for p in fresh.glob("runs/ours/*.pt*")}
+    assert len(after) == 4 and {p.name for p in after if after[p] != before[p]} <= {"last.pt"}
+    assert (fresh / "runs/ours/log.csv").exists()
     _, err = call("train_gan.py", "--steps", 4, *GAN, "--resume", cwd=fresh, status=2)
     assert "was run with steps = 3, not 4" in err               # too short to go further
     _, err = call("train_gan.py", "--steps", 3, *GAN, "--overwrite", cwd=fresh, status=2,
                   megabytes=0.5)
     assert "average.pt: cannot be written, is the disk full?" in err
-    assert {p: p.read_bytes() for p in fresh.glob("runs/ours/*.pt*")} == before and len(before) == 4
+    assert {p: p.read_bytes() for p in fresh.glob("runs/ours/*.pt*")} == after
     state = torch.load(fresh / "runs/ours/last.pt", weights_only=True)
     first = state["log"][0]["loss_adv"]
     del state["settings"]["rec"]                                # of an older version

@@ -255,6 +255,9 @@ def test_a_finished_run_goes_further_as_if_it_had_been_asked_for(fresh, monkeypa
     torch.save({**state, "step": 2}, fresh / "runs/ours/last.pt")      # not as far yet
     with pytest.raises(UserError, match="was run with steps = 10, not 3"):
         run_here(monkeypatch, fresh, "train_gan", [*flags, 3, "--resume"])
+    torch.save({**state, "step": 7}, fresh / "runs/ours/last.pt")      # nobody looked at 7
+    with pytest.raises(UserError, match="was run with steps = 10, not 7"):
+        run_here(monkeypatch, fresh, "train_gan", [*flags, 7, "--resume"])
 
 
 # ------------------------------------------------------------------- losses that are no numbers

@@ -156,6 +156,8 @@ def test_what_is_finished_is_not_run_again(study, monkeypatch):
     first = run_seed(study, 0)[0]
     assert first[0] == "train_gan.py" and first[-1] == "--resume"
     assert run_seed(study, 0) == []
+    shutil.rmtree(study.base / "seed0/data/rule")
+    assert [command[0] for command in run_seed(study, 0)] == ["refine.py"]
     study.args.gan += " --alpha 10"
     assert {command[0] for command in run_seed(study, 0)} == {
         "train_gan.py", "refine.py", "-m", "evaluate.py", "segment.py"}       # -m: squares-colour
@@ -170,11 +172,11 @@ def test_what_is_finished_is_not_run_again(study, monkeypatch):
 def test_a_command_that_fails_is_not_taken_as_done(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="the same command goes on"):
-        run.once(tmp_path / "failed", ["prepare.py", "--test", "0"], "")
+        run.once("failed", ["prepare.py", "--test", "0", "--out", "a"], "")
     for _ in range(2):                                          # of a path that is no UTF-8
-        run.once(tmp_path / "done", ["-m", "support.cli"], "\udce9")
+        run.once("done", ["-m", "support.cli", "--out", "b"], "\udce9")
         monkeypatch.setattr(run, "run", pytest.fail)
-    assert [path.name for path in tmp_path.iterdir()] == ["done"]
+    assert [str(path) for path in Path(".").rglob("*")] == ["b", "b/.done"]
 
 
 def test_sigterm_reaches_the_training(monkeypatch):

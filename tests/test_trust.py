@@ -421,7 +421,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
              "data/real/test/images"])])
 def test_every_stage_that_writes_keeps_out_of_a_locked_folder(fresh, folder, command):
     lock(fresh / folder)
-    write_text(fresh / "base/stamps/prepare", "prepare.py --out base/data a")    # done, for study
+    write_text(fresh / "base/data/.prepare", "prepare.py --out base/data a")    # done, for study
     before = sorted(fresh.rglob("*"))
     _, err = call(*command, cwd=fresh, status=2)
     assert f"error: {folder}: another process" in err
