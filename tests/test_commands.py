@@ -137,7 +137,7 @@ MISTAKES = [
     ("refine.py --checkpoint pretrain.pt --images ok --out x --size 3 9", "--size 4 x 4"),
     ("refine.py --checkpoint pretrain.pt --images ok --out x --size 9 4097", "--size 4096"),
     ("refine.py --checkpoint pretrain.pt --size 9 9 --out x", "--size goes with --images"),
-    ("refine.py --checkpoint pretrain.pt --data trains --out new", "trains/test/images: prepare.py"),
+    ("refine.py --checkpoint pretrain.pt --data trains --out new", "trains/test/images prepare.py"),
     ("refine.py --checkpoint segment.pt --out new", "segment.pt: average, segment; train_gan.py"),
     ("pretrain.py --data good --inception nowhere.pt", "--inception nowhere.pt"),
     ("pretrain.py --data good --inception random --layer fc",
