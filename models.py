@@ -204,22 +204,13 @@ def inception_features(net, images, device, title="Inception features"):
     return features
 
 
-def check_features(a, b):
-    """ValueError unless a and b are [N1, d] and [N2, d] with two images or more each."""
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"wanted features [N, d] of 2 images or more, not {tuple(a.shape)} and "
-                         f"{tuple(b.shape)}")
-
-
 def fid(features_a, features_b):
-    """Frechet Inception Distance of two feature sets, [N1, d] and [N2, d] -> float >= 0.
+    """Frechet Inception Distance of two feature sets, [N1, d] and [N2, d], N > 1 -> float >= 0.
 
     FID = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr sqrt(S1 S2)   (Heusel et al. 2017), in float64, of
     means m and covariances S (over N - 1). With S1 = a'a and S2 = b'b the product S1 S2 has the
     eigenvalues of (a b')(a b')', so tr sqrt(S1 S2) is the sum of the singular values of a b'.
-    Raises ValueError for fewer than 2 images or unequal d.
     """
-    check_features(features_a, features_b)
     a, b = features_a.double(), features_b.double()
     distance = (a.mean(0) - b.mean(0)).square().sum()
     a = (a - a.mean(0)) / (len(a) - 1) ** 0.5                  # now S1 = a'a and S2 = b'b
@@ -234,9 +225,8 @@ def kid(features_a, features_b):
     """Kernel Inception Distance (Binkowski et al. 2018): the unbiased squared MMD -> float.
 
     Kernel k(x, y) = (x.y / d + 1)^3, no image with itself. Unlike FID it has no bias, so it can be
-    a little below 0 for equal distributions. Raises ValueError as `fid` does.
+    a little below 0 for equal distributions.
     """
-    check_features(features_a, features_b)
     a, b = features_a.double(), features_b.double()
     m, n, d = len(a), len(b), a.shape[1]
     k_aa, k_bb, k_ab = (a @ a.T / d + 1) ** 3, (b @ b.T / d + 1) ** 3, (a @ b.T / d + 1) ** 3

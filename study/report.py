@@ -110,16 +110,6 @@ def quality(record, row, metric):
 # ------------------------------------------------------------------------------ the claims
 
 
-def verdict(values, least=0):
-    """Whether the mean over the seeds is above `least`, or why they cannot tell."""
-    mean, half = mean_and_half(values)
-    if half is None:
-        return "one seed"
-    if abs(mean - least) <= half:
-        return "cannot tell"
-    return "holds" if mean > least else "does not hold"
-
-
 def diagonal(record, by_network):
     """How often the diagonal of a matrix (Tables 3 to 6) is the highest of its row and of its
     column, and of how many rows and columns that have two numbers or more."""
@@ -129,8 +119,7 @@ def diagonal(record, by_network):
         for metric in ("mIoU", "accuracy"):
             means = np.full((len(names), len(names)), np.nan)
             for i, j in np.ndindex(means.shape):
-                values = of_seeds(by_seed, names[i], names[j], metric)
-                means[i, j] = np.mean(values) if values else np.nan
+                means[i, j] = np.mean(of_seeds(by_seed, names[i], names[j], metric) or np.nan)
             for i, line in [*enumerate(means), *enumerate(means.T)]:
                 if np.isfinite(line).sum() > 1:
                     found.append(np.nanargmax(line) == i)
@@ -156,11 +145,16 @@ def counted(right, cases, of_what):
 
 
 def said(values, digits, least=0):
-    """The verdict on these numbers of seeds and their interval; "" if there are none."""
+    """Whether the mean of these numbers of seeds is above `least`, or why they cannot tell, and
+    their interval; "" if there are none."""
     if not values:
         return ""
+    mean, half = mean_and_half(values)
+    word = "holds" if mean > least else "does not hold"
+    if half is None or abs(mean - least) <= half:
+        word = "one seed" if half is None else "cannot tell"
     paper = f" (paper: {least:+.{digits}f})" if least else ""
-    return f"{verdict(values, least)}: {with_interval(values, digits, '+')}{paper}"
+    return f"{word}: {with_interval(values, digits, '+')}{paper}"
 
 
 def papers_gap(network, metric):

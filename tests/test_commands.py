@@ -261,6 +261,17 @@ def test_every_flag_refuses_what_is_no_choice_or_number(script, monkeypatch, cap
             assert error.value.code == 2 and f"argument {flag}: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script", ["pretrain", "train_gan", "segment"])
+def test_a_training_prepares_its_device_for_its_precision(script, monkeypatch):
+    def stop(*asked):
+        raise StopIteration(asked)
+    monkeypatch.setattr(importlib.import_module(script), "pick_device", stop)
+    monkeypatch.setattr(sys, "argv", [script, "--precision", "tf32"])
+    with pytest.raises(StopIteration) as stopped:
+        importlib.import_module(script).main()
+    assert stopped.value.value == ("auto", "tf32")
+
+
 def test_the_readmes_result_is_the_studys():
     """mIoU and accuracy of every row stand so in the tables that study.report made."""
     scores = {}

@@ -3,7 +3,6 @@ import io
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -173,27 +172,25 @@ def test_a_trained_network_is_not_trained_again_but_a_changed_one_is(fresh):
     torch.save(state, older)
     again, record = run()
     assert again == 0 and str(record["scores"]) == str(first)           # the same seed and network
-    flags = []
-    for flag in (["--epochs", 2], ["--lr", 0.01], ["--batch-size", 3], ["--precision", "bfloat16"]):
-        flags += flag
-        assert run(*flags)[0] == 0
-    whole = weights_of("real")[1]["weights"]
-    flags.append("--random-crops")
-    assert run(*flags)[0] == 0
-    assert not torch.equal(weights_of("real")[1]["weights"]["head.bias"], whole["head.bias"])
+    whole = weights_of("real")[1]
+    assert {**whole["settings"], "start": 0, "data": 0} == {
+        "start": 0, "data": 0, "epochs": 1, "batch_size": 4, "lr": 1e-3, "precision": "float32",
+        "random_crops": False}
+    assert run("--random-crops")[0] == 0
+    crops = weights_of("real")[1]["weights"]
+    assert not torch.equal(crops["head.bias"], whole["weights"]["head.bias"])
     assert ", random crops, seeds 0\n" in (fresh / "results/segment_unet.md").read_text()
     noise(0, (24, 48)).save(next((fresh / "data/real/train/images").iterdir()))
-    assert run(*flags)[0] == 1
+    assert run("--random-crops")[0] == 1
     one, two, *_ = (fresh / "data/synthetic/train/labels").iterdir()
     shutil.copy(one, two)
-    assert run(*flags)[0] == 1                                 # each time only what has changed
+    assert run("--random-crops")[0] == 1                       # each time only what has changed
 
 
-def test_resume_refuses_another_pre_training_and_other_images(fresh, monkeypatch):
-    """It would go on, but with a run that no single command can repeat. Data may be moved. D is
-    the run's own, whatever the pre-trained one is built of; its weights are to be the same."""
+def test_resume_refuses_another_pre_training_and_other_images(fresh):
+    """It would go on, but with a run that no single command can repeat. Data may be moved."""
     call("train_gan.py", *GAN, cwd=fresh)
-    before = (fresh / "runs/ours/last.pt").read_bytes()
+    before = fingerprint(fresh / "runs/ours/last.pt")
     pretrained = fresh / "runs/ours/pretrain.pt"
     kept = pretrained.read_bytes()
     other = torch.load(fresh / "runs/simgan/pretrain.pt", weights_only=True)
@@ -206,16 +203,6 @@ def test_resume_refuses_another_pre_training_and_other_images(fresh, monkeypatch
     torch.save(other, pretrained)
     _, err = call("train_gan.py", *GAN, "--resume", cwd=fresh, status=2)
     assert "last.pt: was run with discriminator = " in err
-    state = torch.load(fresh / "runs/ours/last.pt", weights_only=True)
-    torch.save({**torch.load(io.BytesIO(kept), weights_only=True),
-                "discriminator_args": {"stride": 1}}, pretrained)       # no weight's shape changes
-    def stop(R, D, *_):
-        raise StopIteration(D.args)
-    with monkeypatch.context() as patch, pytest.raises(StopIteration) as seen:
-        patch.setattr(train_gan, "train", stop)
-        patch.setattr(train_gan, "lock", lambda folder: None)
-        run_here(patch, fresh, "train_gan", [*GAN, "--resume"])
-    assert seen.value.value == state["discriminator_args"]
     pretrained.write_bytes(kept)
     (fresh / "data").rename(fresh / "my data")
     moved = ["train_gan.py", *GAN, "--resume", "--data", "my data/"]
@@ -229,10 +216,10 @@ def test_resume_refuses_another_pre_training_and_other_images(fresh, monkeypatch
         for command in (moved, pretrain):
             assert ".pt: was run with images = " in call(*command, cwd=fresh, status=2)[1]
         image.write_bytes(kept)
-    assert (fresh / "runs/ours/last.pt").read_bytes() == before
+    assert fingerprint(fresh / "runs/ours/last.pt") == before
 
 
-def test_a_finished_run_goes_further_as_if_it_had_been_asked_for(fresh, monkeypatch, capsys):
+def test_a_finished_run_goes_further_as_if_it_had_been_asked_for(fresh, monkeypatch):
     """Where the best step is looked for from the same step on: checkpoints, log and Figure 1
     are those of the longer run. It does not go back."""
     monkeypatch.setattr(train_gan, "WARM_UP", 2)
@@ -240,11 +227,8 @@ def test_a_finished_run_goes_further_as_if_it_had_been_asked_for(fresh, monkeypa
     shutil.copytree(fresh / "runs/ours", fresh / "runs/parts")
     run_here(monkeypatch, fresh, "train_gan", [*flags, 10])
     run_here(monkeypatch, fresh, "train_gan", [*flags, 4, "--run", "runs/parts"])
-    capsys.readouterr()
     run_here(monkeypatch, fresh, "train_gan", [*flags, 10, "--run", "runs/parts", "--resume",
                                                "--save-every", 3])
-    bar = capsys.readouterr().err                     # in a log: what it begins and ends with
-    assert re.findall(r"(\d+)/10 \[", bar) == ["4", "10"] and ", loss_adv=0." in bar
     assert same_runs(fresh / "runs/ours", fresh / "runs/parts")
     run_here(monkeypatch, fresh, "train_gan", [*flags, 5, "--run", "runs/parts", "--overwrite"])
     with pytest.raises(UserError, match="was run with steps = 5, not 10"):     # 10 looks not at 5

@@ -101,6 +101,9 @@ def test_running_again_gives_the_same_bytes(raw, prepared):
 
 def test_other_settings_need_another_folder(raw, prepared, tmp_path):
     """Two settings in one folder would mix. A user's own folder is left alone."""
+    assert {*record(prepared)["settings"]} == {
+        "gta5", "cityscapes", "synthetic", "real", "demo", "size", "crop", "test", "limit", "seed",
+        "label_ids", "classes"}
     fill(tmp_path / "mine/real/train/images", 1)
     linked = shutil.copytree(prepared, tmp_path / "linked")
     (linked / "real").rename(tmp_path / "theirs")
