@@ -271,8 +271,9 @@ class Training:
             yield self.step
             bar.update()
             save = bool(self.step % save_every == 0 or self.step == total or stop)
-            if save or time.perf_counter() > self.clock + 1:   # not at every step: it would wait
-                self.read()                                    # for a GPU
+            # To read at every step would be to wait for a GPU at every step.
+            if save or time.perf_counter() > self.clock + 1:
+                self.read()
                 shown = [(column, v) for column, v in self.rows[-1].items() if v == v]   # not nan
                 bar.set_postfix(shown[:4], refresh=False)
             if save:
