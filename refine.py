@@ -12,7 +12,7 @@ Writes  data/METHOD/{train,test}/{images,labels}: the same names, refined images
     python refine.py --checkpoint runs/ours/average.pt --images renderings --out refined
 
 The fourth command makes the row "after pre-training" of Table 2. Running one again replaces its
-own output; with --images, pictures that are there stay. A megapixel takes a core about 8 seconds.
+own output; with --images, what is new or changed is refined. A megapixel takes a core 8 seconds.
 """
 import hashlib
 import os
@@ -98,7 +98,7 @@ def refine_pictures(R, args, record, device):
         try:
             if len(os.fsencode(f"{target.name}.tmp")) > 255:
                 raise ValueError("its name is too long for a file system")
-            # Of an earlier run, which gave it the time of its file (below); FAT keeps 2 s.
+            # Done by an earlier run, which gave it its file's time (below); FAT rounds to 2 s.
             if target.exists() and abs(target.stat().st_mtime - file.stat().st_mtime) < 2:
                 continue
             picture = read_rgb(file)

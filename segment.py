@@ -8,8 +8,8 @@ Reads   data/*/{train,test}/{images,labels}
 Writes  results/segment_NETWORK.md    full matrices of mIoU and pixel accuracy, per-class IoU
         results/segment_NETWORK.json  every confusion matrix, settings, versions
         results/table7.png            what each training set taught, on real test images
-        results/weights/              the trained networks; one of the same data and settings is not
-                                      trained again, of others it is replaced
+        results/weights/              the trained networks; one whose data and settings are the
+                                      same is kept, another one is trained again
 
     python segment.py                                both networks
     python segment.py --network unet --seeds 0 1 2   mean and spread over seeds

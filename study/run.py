@@ -76,15 +76,15 @@ def commands_of_row(name, seed, folder, args):
     if "filter" in row:
         first = commands_of_row(row["of"], seed, folder, args) if "of" in row else []
         source = ["--source", row["of"]] if "of" in row else []
-        return [*first, (f"{name}-filter", ["-m", row["filter"], "--data", f"{folder}/data",
+        return [*first, ("filter", ["-m", row["filter"], "--data", f"{folder}/data",
                                             "--out", out, *source])]
     trained = row.get("of", name)
     checkpoint = f"{folder}/runs/{trained}/{row.get('checkpoint', 'average.pt')}"
     refine = ["refine.py", "--checkpoint", checkpoint, "--data", f"{folder}/data/synthetic",
               "--out", out]
-    return [(f"{trained}-pretrain", training("pretrain", trained, seed, folder, args)),
-            (f"{trained}-gan", training("gan", trained, seed, folder, args)),
-            (f"{name}-refine", refine)]
+    return [("pretrain", training("pretrain", trained, seed, folder, args)),
+            ("gan", training("gan", trained, seed, folder, args)),
+            ("refine", refine)]
 
 
 def segmentations(args):
@@ -214,7 +214,7 @@ def write_record(args):
             shutil.copy(curves[0], temporary)
 
 
-def flags(text):
+def quoted(text):
     """An argparse type: flags of a stage, in one string."""
     shlex.split(text)                                         # ValueError: a quotation has no end
     return text
@@ -223,14 +223,14 @@ def flags(text):
 def arguments():
     p = parser(__doc__)
     p.add_argument("name", help="of the study: its folder in runs/study, its record")
-    p.add_argument("--prepare", type=flags, required=True, help="of prepare.py, in one string")
+    p.add_argument("--prepare", type=quoted, required=True, help="of prepare.py, in one string")
     add_inception_flag(p)
     p.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="all of it for each")
     p.add_argument("--rows", choices=ROWS, nargs="+", default=list(ROWS), metavar="ROW",
                    help="of the study, the same in every command: " + ", ".join(ROWS))
-    p.add_argument("--pretrain", type=flags, default="", help="of pretrain.py, every row; a single "
-                   "one as --pretrain=--d-stride=1")
-    p.add_argument("--gan", type=flags, default="", help="of train_gan.py, every row")
+    p.add_argument("--pretrain", type=quoted, default="", help="of pretrain.py, every row; a "
+                   "single one as --pretrain=--d-stride=1")
+    p.add_argument("--gan", type=quoted, default="", help="of train_gan.py, every row")
     add_precision_flag(p)
     p.add_argument("--epochs", type=positive(int), nargs="+", default=[30, 8],
                    help="of the segmenters: the tables are of the first, U-Net has all of them")

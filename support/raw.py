@@ -21,7 +21,7 @@ ORIENTATION = 0x0112                                               # EXIF: how a
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.error,
               Image.DecompressionBombError)
 
-# Endings of label maps beside which another one may lie, and the folders of data sets.
+# Endings and folders of label maps, which are no photographs.
 KINDS = ["_labelIds", "_labelTrainIds", "_instanceIds", "_color"]
 LABEL_FOLDERS = {"labels", "masks", "depth", "gtfine", "gtcoarse"}
 
@@ -350,11 +350,13 @@ def usable(make, frames, wanted, workers):
     """Try frames in turn until `wanted` are usable: {frame: what make(frame) has returned} of those
     and of all bad ones before, whose `why` says what is wrong. It may make more than it returns.
 
-    By threads, since Pillow decodes and resizes without Python's lock."""
+    By threads, since Pillow decodes and resizes without Python's lock; the toy town gains nothing.
+    """
     done, missing, pool = {}, wanted, ThreadPoolExecutor(workers)
-    tried = progress(pool.map(make, frames), total=min(wanted, len(frames)), unit="image")
+    bar = progress(total=min(wanted, len(frames)), unit="image")
     try:
-        for frame, made in zip(frames, tried):
+        for frame, made in zip(frames, pool.map(make, frames)):
+            bar.update()
             done[frame] = made
             missing -= not made.why
             if missing == wanted == len(done):
@@ -364,6 +366,7 @@ def usable(make, frames, wanted, workers):
                 break
     finally:
         pool.shutdown(cancel_futures=True)           # waits for those that are being made
+        bar.close()
     return done
 
 

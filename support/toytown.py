@@ -209,22 +209,22 @@ def vehicle(canvas, rng, x, z, kind, facing):
     w, h, length = (size * rng.uniform(0.95, 1.05) for size in SIZES[kind])
     x0, x1, rear = x - w / 2, x + w / 2, facing == "rear"
     colour = tint(pick(rng, PAINTS if kind == CAR else PAINTS[:3]), 1.05)
-    # Its blocks, far ones first: from z, to z, from y, to y, slope, colour, windows per side
+    # Its blocks, far ones first: from z, to z, from y, to y, slope, windows per side
     if kind == CAR:
         bonnet, boot = (0.3, 1.2) if rear else (1.2, 0.3)
-        blocks = [(0, length, 0.16 * h, 0.58 * h, 0.05, colour, 0),
-                  (bonnet, length - boot, 0.57 * h, h, 0.42, colour, 2)]
+        blocks = [(0, length, 0.16 * h, 0.58 * h, 0.05, 0),
+                  (bonnet, length - boot, 0.57 * h, h, 0.42, 2)]
     else:
         parts, step = (1, length) if kind == BUS else (3, length / 3)
-        blocks = [(i * step, (i + 1) * step - 0.3, 0.35, h, 0.06, colour, 6 if kind == BUS else 4)
+        blocks = [(i * step, (i + 1) * step - 0.3, 0.35, h, 0.06, 6 if kind == BUS else 4)
                   for i in reversed(range(parts))]
     canvas.shadow(x0, x1, z, z + length, h)
     bar, _ = canvas.flat(x, z + 0.3)
     for s in (0.14 - w / 2, w / 2 - 0.14):                    # the wheels at this end
         bar(s, 0, s, 0.5, 0.24, BLACK, kind)
     canvas.solid(x0, x1, z + 0.3, z + length - 0.3, 0.15 * h, 0.25 * h, BLACK, kind)
-    for start, end, low, high, slope, paint, count in blocks:
-        faces = canvas.solid(x0 + slope / 6, x1 - slope / 6, z + start, z + end, low, high, paint,
+    for start, end, low, high, slope, count in blocks:
+        faces = canvas.solid(x0 + slope / 6, x1 - slope / 6, z + start, z + end, low, high, colour,
                              kind, slope)
         bottom, top = (0.1, 0.86) if kind == CAR else (0.44, 0.84)
         for name, quad in faces.items():
@@ -447,7 +447,7 @@ def draw(domain, seed, size=(80, 160)):
 
     domain: "synthetic" (the game look) or "real" (the camera look); seed: a tuple of ints >= 0,
     which decides everything; size: (height, width), at least (24, 24).
-    Returns (image uint8 [H, W, 3] RGB, label uint8 [H, W] with Cityscapes trainIds 0..18).
+    Returns (image uint8 [H, W, 3] RGB, label uint8 [H, W] with Cityscapes' trainIds).
     The same arguments give the same bytes (with the same versions of numpy and pillow).
     """
     rng = np.random.default_rng([domain == "real", *seed])

@@ -234,6 +234,9 @@ class Training:
 
     def restore(self, saved):
         """Make all parts, the log and the step what they were; UserError at other settings."""
+        if any(not isinstance(row, dict) for row in saved["log"]):
+            raise UserError(f"{self.path}: was saved by an older version, which --resume cannot go "
+                            "on with; --overwrite starts anew")
         for key, value in self.settings.items():
             old = saved["settings"].get(key)
             if old != value:
@@ -265,7 +268,8 @@ class Training:
         bar = progress(total=total, initial=self.step, unit="step", desc=self.stage)
         if self.step == total:                        # what was deleted since is made again
             before_saving()
-            self.save(finished=True)
+            if not self.csv.exists():
+                self.save(finished=True)
         while self.step < total:
             self.step += 1
             yield self.step
@@ -352,7 +356,9 @@ def load_checkpoint(path, stages, advice):
 def rebuild(Network, state, name, path):
     """The network `name` of a checkpoint, weights loaded; UserError if it is of another kind."""
     try:
-        net = Network(**state[f"{name}_args"])
+        arguments = state[f"{name}_args"].items()
+        # "skip": of R in older checkpoints, always False
+        net = Network(**{key: v for key, v in arguments if (key, v) != ("skip", False)})
         net.load_state_dict(state[name])
         return net
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -58,7 +58,7 @@ def pretrain(synthetic, real, seed=0, method="ours", layer="Conv2d_4a_3x3", step
     """R learns to change nothing, D to tell x from y. Returns R, D and the log."""
     psi = None
     if method == "ours":
-        psi = load_inception("random", layer, real, seed)    # there: "imagenet", a download
+        psi = load_inception("random", layer, real, seed)    # by default "imagenet", a download
     torch.manual_seed(seed)
     R = Refiner().to(memory_format=LAYOUT)
     D = Discriminator(final_relu, d_stride).to(memory_format=LAYOUT)

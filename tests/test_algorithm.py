@@ -185,7 +185,7 @@ def refined(cwd, tmp_path_factory):
     ("gan", "simgan/gan")])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_image_is_refined_under_its_name_with_its_label(refined, domain, checkpoint, split):
-    """By the R of its method (the average, unless a checkpoint is given), whatever the batch."""
+    """By the R of its method (the average, unless a checkpoint is given)."""
     before, after = refined / "synthetic" / split, refined / domain / split
     assert names(before) == names(after), "images are lost, or have other names"
     state = torch.load(refined.parent / f"runs/{checkpoint}.pt", weights_only=True)

@@ -134,6 +134,7 @@ MISTAKES = [
     ("refine.py --checkpoint pretrain.pt --images ok --out ok/x", "ok/x lies in --images"),
     ("refine.py --checkpoint pretrain.pt --images twice --out x", "would both become"),
     ("refine.py --checkpoint pretrain.pt --images cs --out x", "cs/gtFine/ulm/00.png: a label map"),
+    ("refine.py --checkpoint pretrain.pt --images photos --out x", "photos/depth/00.png: a label"),
     ("refine.py --checkpoint pretrain.pt --images ok --out x --size 3 9", "--size 4 x 4"),
     ("refine.py --checkpoint pretrain.pt --images ok --out x --size 9 4097", "--size 4096"),
     ("refine.py --checkpoint pretrain.pt --size 9 9 --out x", "--size goes with --images"),
@@ -176,7 +177,8 @@ def empty(tmp_path_factory):
     (cwd / "evil.pt").write_bytes(b"cos\nsystem\n(S'touch was_run'\ntR.")      # a pickle
     torch.save(torch.zeros(3), cwd / "tensor.pt")
     refiner = Refiner()
-    states = {"pretrain": dict(refiner_args=refiner.args, refiner=refiner.state_dict(), step=1),
+    old_args = {**refiner.args, "skip": False}                # of R in older checkpoints
+    states = {"pretrain": dict(refiner_args=old_args, refiner=refiner.state_dict(), step=1),
               "stopped/pretrain": dict(stage="pretrain", finished=False, step=1),
               "trained/pretrain": dict(stage="pretrain", finished=True, step=1,
                                        settings={"method": "ours"}),
@@ -209,7 +211,7 @@ def empty(tmp_path_factory):
         file.unlink()
     for folder in ("ok", "twice", "mixed", "cs/leftImg8bit/ulm", "cs/gtFine/ulm"):
         fill(cwd / folder, 4)
-    for file in ("same/00.png", "same/00_leftImg8bit.png", "twice/00.jpg",
+    for file in ("same/00.png", "same/00_leftImg8bit.png", "twice/00.jpg", "photos/depth/00.png",
                  "mixed/00_gtFine_color.png"):
         save(cwd / file, noise(0))
     (cwd / "empty").mkdir()

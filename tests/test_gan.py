@@ -27,9 +27,12 @@ def test_the_fixed_pairs_are_as_many_as_the_smaller_test_set(tmp_path, synthetic
 def test_there_is_no_gan_pt_without_a_best_step(tmp_path):
     """And what another run has left goes, or refine.py would take it."""
     (tmp_path / "gan.pt").touch()
-    R, training = Refiner(8, 1), SimpleNamespace(settings={}, step=1)
-    train_gan.save_refiners(R, R, train_gan.BestStep(), training, tmp_path)
+    R, best = Refiner(8, 1), train_gan.BestStep()
+    train_gan.save_refiners(R, R, best, SimpleNamespace(settings={}, step=1), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["average.pt"]
+    for step in (5, 6):                                        # of two equal ones the first
+        best.look(R, step, [{"d_loss_refined": 1, "d_loss_real": 2, "loss_adv": 3}])
+    assert best.step == 5
 
 
 def test_a_short_run_is_averaged_over_less(monkeypatch):
@@ -54,6 +57,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh, monkeypatch
     after = {p: p.read_bytes() for p in fresh.glob("runs/ours/*.pt*")}
     assert len(after) == 4 and {p.name for p in after if after[p] != before[p]} <= {"last.pt"}
     assert (fresh / "runs/ours/log.csv").exists()
+    call("train_gan.py", "--steps", 3, *GAN, "--resume", cwd=fresh)
     _, err = call("train_gan.py", "--steps", 4, *GAN, "--resume", cwd=fresh, status=2)
     assert "was run with steps = 3, not 4" in err               # too short to go further
     _, err = call("train_gan.py", "--steps", 3, *GAN, "--overwrite", cwd=fresh, status=2,

@@ -50,7 +50,7 @@ def pictures(tmp_path_factory):
     for i, name in enumerate(["1.png", "a b/2.JPG", "c/d/ä.webp", "4.bmp"]):
         save(cwd / "own" / name, noise(i, (20 + i, 30 + 3 * i)))
     odd = struct.pack(">LH HHLHH HHLL L", 8, 2, 0x112, 3, 1, 6, 0, 0x128, 4, 1, 70000, 0)
-    noise(5, (20, 40)).save(cwd / "own/upright.jpg", exif=b"Exif\0\0MM\0*" + odd)
+    noise(5, (20, 40)).save(cwd / "own/upright_Color.jpg", exif=b"Exif\0\0MM\0*" + odd)
     noise(9, (9, 9)).save(cwd / "own/\udcfc.png")              # a name that is no UTF-8
     (cwd / "own/broken.png").write_bytes(b"no picture")
     noise(8, (9, 9)).save(cwd / f"own/{'n' * 249}.jpg")
@@ -69,7 +69,7 @@ def test_a_folder_of_pictures(pictures):
     command = ["refine.py", "--checkpoint", "one.pt", "--images", "own", "--out", "new"]
     out, _ = call(*command, cwd=pictures)
     made = sorted(str(p.relative_to(pictures / "new")) for p in (pictures / "new").rglob("*.png"))
-    assert made == ["1.png", "4.png", "a b/2.png", "c/d/ä.png", "small.png", "upright.png",
+    assert made == ["1.png", "4.png", "a b/2.png", "c/d/ä.png", "small.png", "upright_Color.png",
                     "\udcfc.png"]
     R = wild_refiner()
     for name in made:
@@ -77,7 +77,7 @@ def test_a_folder_of_pictures(pictures):
         picture = read_rgb(source)
         wanted = refine.refine_tiles(R, np.array(picture), "cpu")
         assert np.array_equal(np.array(Image.open(pictures / "new" / name)), wanted), name
-    assert Image.open(pictures / "new/upright.png").size == (20, 40)          # turned
+    assert Image.open(pictures / "new/upright_Color.png").size == (20, 40)          # turned
     for words in ("broken.png: cannot identify", "tiny.png: is smaller than 4 x 4",
                   "pipe.png: a broken link, or no file", "7 pictures", "5 skipped",
                   "damaged.dds: Unknown pixel format", "nn.jpg: its name is too long",

@@ -118,6 +118,8 @@ def test_every_command_is_one_that_the_stages_take(study, monkeypatch):
     assert set(found["train_gan"]) == set(found["pretrain"]) == trained and trainings == 10
     assert set(found["refine"]) == trained | {"pretrained", "rule", "squares-rule"}
     assert [row for row, flags in found["pretrain"].items() if flags.final_relu] == ["as-printed"]
+    assert [row for row, flags in found["pretrain"].items() if flags.d_stride == 1] == [
+        "squares-finer"]
     assert {row for row, flags in found["train_gan"].items() if flags.rec == "l2"} == {
         "squares", "squares-finer"}
     assert found["train_gan"]["ours"].steps == 9

@@ -408,7 +408,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
     assert "no locks" in capsys.readouterr().err
 
 
-# --------------------------------------------------- a second process, memory
+# --------------------------------------------------- a second process; no memory
 
 
 @pytest.mark.parametrize("folder, command", [
