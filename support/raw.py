@@ -300,14 +300,15 @@ def check_palette(used, colours, known, table):
 def read_label(file, ids, table):
     """A label file as trainIds (PIL mode L)."""
     values, colours = read_ids(file)
-    used, known = np.flatnonzero(np.bincount(values.ravel(), minlength=256)), lookup(ids, table)
+    label, known = Image.fromarray(values), lookup(ids, table)
+    used = np.flatnonzero(label.histogram())
     if colours is not None:
         check_palette(used, colours, known, table)
     bad = used[known[used] == UNKNOWN]
     if bad.size:
         raise ValueError(f"label ids {', '.join(map(str, bad[:5]))} are not {ids} of the "
                          f"{len(table)} classes")
-    return Image.fromarray(known[values])
+    return label.point(known.tolist())
 
 
 def check_labels(domain, made, ids):
