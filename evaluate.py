@@ -10,7 +10,7 @@ Writes  results/table2.md    FID, KID and SSIM against real, next to the paper's
     python evaluate.py --inception random                      no download; not an FID
 
 Every row has the same N, the same real images and, for SSIM, the same real partner per image. Two
-cores take 34 images a second through Inception.
+cores take 20 images a second through Inception.
 """
 from pathlib import Path
 

@@ -10,7 +10,7 @@ Writes  data/{synthetic,real}/{train,test}/images/NAME.png   RGB, all of one siz
     python prepare.py --synthetic IMAGES LABELS --real IMAGES LABELS   any other
     python prepare.py --demo                                           no data at all
 
-Two cores do 40 full-size frames a second. The other stages import the format from here.
+Two cores do 24 full-size frames a second. The other stages import the format from here.
 """
 import os
 from collections import Counter

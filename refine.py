@@ -12,7 +12,7 @@ Writes  data/METHOD/{train,test}/{images,labels}: the same names, refined images
     python refine.py --checkpoint runs/ours/average.pt --images renderings --out refined
 
 The fourth command makes the row "after pre-training" of Table 2. Running one again replaces its
-own output; with --images, what is new or changed is refined. A megapixel takes a core 8 seconds.
+own output; with --images, what is new or changed is refined. A megapixel takes a core 10 seconds.
 """
 import hashlib
 import os

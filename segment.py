@@ -16,7 +16,7 @@ Writes  results/segment_NETWORK.md    full matrices of mIoU and pixel accuracy, 
     python segment.py --train synthetic ours         only these rows; tested on all
     python segment.py --random-crops                 learn from random parts of the images
 
-Two cores learn from 25 images of 80 x 160 a second with U-Net, from 10 with DeepLabV3+.
+Two cores learn from 14 images of 80 x 160 a second with U-Net, from 6 with DeepLabV3+.
 """
 from os.path import expanduser
 from pathlib import Path

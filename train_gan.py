@@ -16,7 +16,7 @@ Writes  runs/METHOD/average.pt  R averaged over the last steps: what refine.py t
     python train_gan.py --resume                    go on after a stop, with the same flags
     python train_gan.py --resume --steps 8000       extend a run of 2000 steps or more
 
-The 5000 steps of 16 images, 80 x 160, take two cores six hours; linear in images and pixels.
+The 5000 steps of 16 images, 80 x 160, take two cores ten hours; linear in images and pixels.
 """
 import copy
 import math
