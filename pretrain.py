@@ -141,8 +141,8 @@ def main():
     if args.method == "ours":
         psi = place(load_inception(args.inception, args.layer, real, args.seed), device)
     torch.manual_seed(args.seed)
-    R = place(Refiner(), device, learning=True)
-    D = place(Discriminator(args.final_relu, args.d_stride), device, learning=True)
+    R = place(Refiner(), device)
+    D = place(Discriminator(args.final_relu, args.d_stride), device)
 
     # 3. Train R, then D.
     lock(args.run)

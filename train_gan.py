@@ -304,8 +304,8 @@ def main():
 
     # 3. Both networks, pre-trained, or as they were when the run stopped.
     state, path = saved or pretrained, args.run / ("last.pt" if saved else "pretrain.pt")
-    R = place(rebuild(Refiner, state, "refiner", path), device, learning=True)
-    D = place(rebuild(Discriminator, state, "discriminator", path), device, learning=True)
+    R = place(rebuild(Refiner, state, "refiner", path), device)
+    D = place(rebuild(Discriminator, state, "discriminator", path), device)
     if args.compile:
         R.compile()
         D.compile()

@@ -35,8 +35,8 @@ from models import (REAL, REFINED, DeepLabV3Plus, Discriminator, Refiner, UNet, 
                     inception_features, load_inception, patch_loss, ssim)
 from support.cli import (announce, cpus, markdown_table, name_of, parser, path_of, positive,
                          start, write_text)
-from support.training import (add_device_flag, autocast, learning_layout, make_optimizer,
-                              pick_device, place, to_float, to_uint8)
+from support.training import (add_device_flag, autocast, make_optimizer, pick_device, place,
+                              to_float, to_uint8)
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMES = 96                                          # full-size ones, of each domain
@@ -144,7 +144,7 @@ def images(n, size, device="cpu"):
 def gan_step(size, n, device, precision="float32", compile=False):
     """One step of train_gan.py (two updates of R, one of D) as a function without arguments."""
     torch.manual_seed(0)
-    R, D = place(Refiner(), device, learning=True), place(Discriminator(), device, learning=True)
+    R, D = place(Refiner(), device), place(Discriminator(), device)
     if compile:
         R.compile(), D.compile()
     optimizer_R = make_optimizer("sgd", R.parameters(), 1e-4)
@@ -167,10 +167,9 @@ def gan_step(size, n, device, precision="float32", compile=False):
 
 def convolution(size, n, device):
     """The floor: a 4x4 convolution of 64 maps to 64 of H x W, forward and backward."""
-    layout = learning_layout(device)
     x, grad = (torch.randn(n, 64, size[0] + k, size[1] + k, device=device).to(
-        memory_format=layout) for k in (3, 0))
-    conv = nn.Conv2d(64, 64, 4).to(device, memory_format=layout)
+        memory_format=torch.channels_last) for k in (3, 0))
+    conv = nn.Conv2d(64, 64, 4).to(device, memory_format=torch.channels_last)
     x.requires_grad_()
     return lambda: conv(x).backward(grad)
 
@@ -255,7 +254,7 @@ def bench_gan(table, args):
 def bench_networks(table, args):
     """Pre-training, the segmentation networks; what refine.py and evaluate.py run."""
     size, n, device = args.size, args.batch_size, table.device
-    R, x = place(Refiner(), device, learning=True), images(n, size, device)
+    R, x = place(Refiner(), device), images(n, size, device)
     psi = load_inception("random", "Conv2d_4a_3x3", x.cpu()).to(device)
     adam = make_optimizer("adam", R.parameters(), 1e-4)
     step = gan_step(size, n, device)

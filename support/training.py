@@ -54,16 +54,10 @@ def autocast(device, precision):
                           cache_enabled=False)
 
 
-def learning_layout(device):
-    """The memory order in which 4x4 convolutions learn fastest: channels last, but not on a CPU
-    with AVX2 only; nor on MPS, whose BatchNorm learns wrongly in it (pytorch issue 175189)."""
-    narrow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return torch.contiguous_format if narrow or device.type == "mps" else torch.channels_last
-
-
-def place(net, device, learning=False):
-    """Move `net` to `device`, in the fastest memory order; `learning`: of 4x4 convolutions."""
-    layout = learning_layout(device) if learning or device.type == "mps" else torch.channels_last
+def place(net, device):
+    """Move `net` to `device`, channels last in memory, which is fastest; but not on MPS, whose
+    BatchNorm learns wrongly in that order (pytorch issue 175189)."""
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     return net.to(device, memory_format=layout)
 
 

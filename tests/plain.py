@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from models import Discriminator, Refiner, UNet, load_inception
 
 REAL, REFINED = 0, 1                                      # D's two classes
-LAYOUT = (torch.contiguous_format if torch.backends.cpu.get_cpu_capability() == "AVX2"
-          else torch.channels_last)          # order of weights in memory: it decides how sums round
+LAYOUT = torch.channels_last                 # order of weights in memory: it decides how sums round
 
 
 def as_input(images):
@@ -126,7 +125,7 @@ def train(R, D, synthetic, real, seed=0, steps=5000, batch_size=16, lr=1e-4, d_l
 def train_unet(images, labels, seed=0, epochs=30, batch_size=16, lr=1e-3):
     """Cross-entropy where the label is not void (255); an epoch leaves out what fills no batch."""
     torch.manual_seed(seed)
-    net = UNet().to(memory_format=torch.channels_last)
+    net = UNet().to(memory_format=LAYOUT)
     adam, batches = make_optimizer("adam", net, lr), len(images) // batch_size
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, epochs * batches)
     for _ in range(epochs):

@@ -38,7 +38,7 @@ def networks(device):
     """R and D of one seed, on a device."""
     torch.manual_seed(0)
     nets = [Refiner(), Discriminator()]
-    return [place(net, pick_device(device), learning=True) for net in nets]
+    return [place(net, pick_device(device)) for net in nets]
 
 
 def learner(device, precision="float32"):
