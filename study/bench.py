@@ -7,7 +7,7 @@ a plain convolution.
 
 Writes  the table; with --out PATH also as Markdown
 
-    python -m study.bench                        everything, 4 minutes on 2 cores
+    python -m study.bench                        everything, 7 minutes on 2 cores
     python -m study.bench --size 40 80 --batch-size 8 --out bench.md
 """
 import copy

@@ -73,6 +73,9 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh, monkeypatch
     torch.save(state, fresh / "runs/ours/last.pt")
     _, err = call("train_gan.py", "--steps", 3, *GAN, "--resume", cwd=fresh, status=2)
     assert "last.pt: was run with rec = None, not l1" in err
+    torch.save({**state, "log": [[1.0] * 9]}, fresh / "runs/ours/last.pt")
+    _, err = call("train_gan.py", "--steps", 3, *GAN, "--resume", cwd=fresh, status=2)
+    assert "last.pt: was saved by an older version" in err
     out, _ = call("train_gan.py", "--steps", 1, *GAN, "--overwrite", "--precision", "bfloat16",
                   cwd=fresh)
     assert "writes runs/ours/; --precision bfloat16 is " in out
