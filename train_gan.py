@@ -203,10 +203,10 @@ def train(R, D, synthetic, real, pairs, args, device, settings, saved):
 def save_samples(path, R, average, pairs, device):
     """Save a picture of fixed synthetic test images, refined; return their mean SSIM to fixed real
     ones (only for Figure 1). pairs: two uint8 [N, 3, H, W]."""
-    synthetic, real = pairs
-    refined = torch.cat([refine(R, to_float(x.to(device))).cpu() for x in synthetic.split(8)])
+    synthetic, real = (images.to(device) for images in pairs)
+    refined = torch.cat([refine(R, to_float(x)) for x in synthetic.split(8)])
     x, r = synthetic[:6], refined[:6]
-    averaged = refine(average, to_float(x.to(device))).cpu()
+    averaged = refine(average, to_float(x))
     save_grid(path, {"synthetic": x, "refined": r, "averaged R": averaged, "real": real[:6],
                      "|difference|": (r.int() - x.int()).abs().byte()})
     return ssim(refined, real).mean().item()

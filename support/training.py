@@ -16,7 +16,7 @@ from support.cli import UserError, add_seed_flag, path_of, positive, progress, w
 
 def pick_device(name, precision="float32"):
     """torch.device for `--device`: "auto" takes cuda, then mps, then cpu. Prepares it for
-    `--precision`: every one but float32 lets a GPU round the factors of a product to 10 bits."""
+    `--precision`: every one but float32 lets a GPU round a convolution's factors to 10 bits."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else (
             "mps" if torch.backends.mps.is_available() else "cpu")
@@ -28,8 +28,7 @@ def pick_device(name, precision="float32"):
         why = (str(error).splitlines() or ["no network runs on it"])[0][:80]
         raise UserError(f"--device {name}: cannot be used here ({why}); use --device cpu, cuda, "
                         "cuda:1 or mps") from None
-    rounded = precision != "float32"
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = rounded
+    torch.backends.cudnn.allow_tf32 = precision != "float32"     # not of SSIM's matrix products
     return device
 
 

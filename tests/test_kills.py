@@ -266,12 +266,12 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(fresh, script, term,
         monkeypatch.setattr(module, name, partial(update, getattr(module, name)))
     flags = GAN if script == "train_gan" else [*PRETRAIN, "--run", "runs/nan", "--steps", 3]
     flags = [*flags, "--save-every", 4, "--precision", "bfloat16"]
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     with pytest.raises(UserError, match=f"step 5: .*{term}.* nan.*(last|pretrain).pt"):
         run_here(monkeypatch, fresh, script, flags, seconds)
     path = fresh / ("runs/ours/last.pt" if script == "train_gan" else "runs/nan/pretrain.pt")
     assert load_checkpoint(path, ["gan", "pretrain"], "")["step"] == 4
-    assert all(calls) and torch.backends.cuda.matmul.allow_tf32      # a GPU's, by pick_device
+    assert all(calls) and torch.backends.cudnn.allow_tf32      # a GPU's, by pick_device
     assert seconds < 1 or len(calls) == (15 if script == "train_gan" else 5)    # it stops at once
 
 
