@@ -1,13 +1,12 @@
 """Matched colours: what can be had without any network, so a GAN must do better.
 
-Every channel of a domain's images gets the mean and the standard deviation that it has in the
+Every channel of the synthetic images gets the mean and the standard deviation that it has in the
 real ones to train on (Reinhard et al. 2001, in RGB).
 
-Reads   data/SOURCE/{train,test}/{images,labels}, data/real/train/images
-Writes  the same names and labels, other images, into --out, as refine.py does with an R
+Reads   data/synthetic/{train,test}/{images,labels}, data/real/train/images
+Writes  data/colour: the same names and labels, other images, as refine.py does with an R
 
-    python -m study.colour                    data/synthetic -> data/colour
-    python -m study.colour --source ours      data/ours -> data/ours-colour: what R has left
+    python -m study.colour
 """
 import os
 from pathlib import Path
@@ -33,18 +32,16 @@ def statistics(images):
 def arguments():
     p = parser(__doc__)
     p.add_argument("--data", type=path_of, default=Path("data"), help="what prepare.py made")
-    p.add_argument("--source", default="synthetic", help="the domain that is matched to real")
-    p.add_argument("--out", type=path_of, help="(default: DATA/colour, DATA/SOURCE-colour)")
+    p.add_argument("--out", type=path_of, help="(default: DATA/colour)")
     p.set_defaults(images=None, batch_size=16)                # as refine.py has them
     args = p.parse_args()
-    name = "colour" if args.source == "synthetic" else f"{args.source}-colour"
-    args.out = args.out or args.data / name
+    args.out = args.out or args.data / "colour"
     return args
 
 
 def main():
     args = arguments()
-    real, args.data = args.data / "real", args.data / args.source
+    real, args.data = args.data / "real", args.data / "synthetic"
     print(f"study.colour: reads {args.data}/ and {real}/; writes {args.out}/", flush=True)
     record = {"checkpoint": "study.colour", "step": 0, "source": os.path.abspath(args.data)}
     check_out(args, record)

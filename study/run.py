@@ -34,9 +34,9 @@ GIVEN = ["synthetic", "real"]                                # made by prepare.p
 
 # The rows, in the order of the work, and what is changed in them. "pretrain", "gan": flags added
 # to those of pretrain.py, train_gan.py. "method": simgan, if not ours. "checkpoint": what refine.py
-# takes, if not average.pt; "of": of that row's training, which is not done again. "filter": images
-# made by that module, of those of the row "of", if any. "segment": False, if no network is trained
-# on the row. "Squares": L_rec by squares.
+# takes, if not average.pt; "of": of that row's training, which is not done again. "filter": synthetic
+# images, changed by that module. "segment": False, if no network is trained on the row. "Squares":
+# L_rec by squares.
 ROWS = {
     "synthetic": {},
     "real": {},
@@ -48,7 +48,6 @@ ROWS = {
     "as-printed": {"pretrain": "--final-relu", "checkpoint": "gan.pt"},       # Table 1's ReLU
     "squares": {"gan": "--rec l2"},
     "squares-rule": {"of": "squares", "checkpoint": "gan.pt"},
-    "squares-colour": {"of": "squares", "filter": "study.colour"},            # R, then matched
     "squares-finer": {"pretrain": "--d-stride 1", "gan": "--rec l2"},    # D's patches: 20 x 20
 }
 TABLE2 = ["label", "n", "weights_sha256", "device", "versions", "rows"]
@@ -74,10 +73,7 @@ def commands_of_row(name, seed, folder, args):
     if name in GIVEN:
         return []
     if "filter" in row:
-        first = commands_of_row(row["of"], seed, folder, args) if "of" in row else []
-        source = ["--source", row["of"]] if "of" in row else []
-        return [*first, ("filter", ["-m", row["filter"], "--data", f"{folder}/data",
-                                            "--out", out, *source])]
+        return [("filter", ["-m", row["filter"], "--data", f"{folder}/data", "--out", out])]
     trained = row.get("of", name)
     checkpoint = f"{folder}/runs/{trained}/{row.get('checkpoint', 'average.pt')}"
     refine = ["refine.py", "--checkpoint", checkpoint, "--data", f"{folder}/data/synthetic",

@@ -238,8 +238,7 @@ def test_a_mistake_gets_one_line_and_status_2(command, words, empty, monkeypatch
 
 
 # Flags that take any text; what is done with it is among the mistakes.
-FREE = ["name", "--crop", "--layer", "--device", "--train", "--prepare", "--pretrain", "--gan",
-        "--source"]
+FREE = ["name", "--crop", "--layer", "--device", "--train", "--prepare", "--pretrain", "--gan"]
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *(
