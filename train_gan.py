@@ -247,7 +247,6 @@ def arguments():
     p.add_argument("--save-every", type=positive(int), default=500, help="steps")
     p.add_argument("--sample-every", type=positive(int), default=100,
                    help="steps between pictures, SSIM and a look for the best step")
-    p.add_argument("--compile", action="store_true", help="torch.compile both networks")
     args = p.parse_args()
     if args.batch_size == 1 and args.history:
         p.error("--batch-size 1: no half of D's images can be of the history; give --history 0")
@@ -306,9 +305,6 @@ def main():
     state, path = saved or pretrained, args.run / ("last.pt" if saved else "pretrain.pt")
     R = place(rebuild(Refiner, state, "refiner", path), device)
     D = place(rebuild(Discriminator, state, "discriminator", path), device)
-    if args.compile:
-        R.compile()
-        D.compile()
 
     # 4. Train them against each other.
     synthetic, real = keep_on(device, synthetic, real, args.history * args.batch_size)

@@ -141,12 +141,10 @@ def images(n, size, device="cpu"):
                          generator=torch.Generator().manual_seed(n)).to(device)
 
 
-def gan_step(size, n, device, precision="float32", compile=False):
+def gan_step(size, n, device, precision="float32"):
     """One step of train_gan.py (two updates of R, one of D) as a function without arguments."""
     torch.manual_seed(0)
     R, D = place(Refiner(), device), place(Discriminator(), device)
-    if compile:
-        R.compile(), D.compile()
     optimizer_R = make_optimizer("sgd", R.parameters(), 1e-4)
     optimizer_D = make_optimizer("momentum", D.parameters(), 1e-3)
     data, n_old = images(n, size, device), n // 2
@@ -247,8 +245,6 @@ def bench_gan(table, args):
     table.compare("GAN step, bfloat16", gan_step(size, n, device, "bfloat16"), step, "float32")
     if device.type == "cuda":
         table.compare("GAN step, tf32", gan_step(size, n, device, "tf32"), step, "float32")
-        table.compare("GAN step, bfloat16 and --compile",
-                      gan_step(size, n, device, "bfloat16", True), step, "float32")
 
 
 def bench_networks(table, args):

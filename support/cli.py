@@ -42,9 +42,6 @@ def start(main):
                 "out of memory" in str(error)):               # Python's, PyTorch's, CUDA's
             error = UserError("out of memory; try a smaller --batch-size or, in prepare.py, a "
                               "smaller --size or fewer --workers")
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            why = " ".join(str(error).split())[:160]
-            error = UserError(f"--compile does not work here ({why}); leave out the flag")
         if isinstance(error, BrokenPipeError):       # | head; what is still to print goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             error = UserError("nobody reads what this prints, so it stopped; run it again, into "

@@ -163,7 +163,7 @@ def add_training_flags(p):
 def settings_of(args, **data):
     """What decides a training, as text: its flags but those that a --resume may change, and a
     hash of what it starts from, {name: tensors}."""
-    free = {"run", "data", "resume", "overwrite", "device", "save_every", "compile"}
+    free = {"run", "data", "resume", "overwrite", "device", "save_every"}
     settings = {flag: str(value) for flag, value in vars(args).items() if flag not in free}
     for name, tensors in data.items():
         settings[name] = sha256(tensors)[:16]

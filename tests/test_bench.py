@@ -60,9 +60,9 @@ def test_a_timed_step_is_two_updates_of_r_and_one_of_d():
 
 
 def test_a_row_of_the_gan_step_is_what_it_says(monkeypatch):
-    """Size, precision, compiled or not of the two that are compared."""
-    def step(size, n, device, precision="float32", compile=False):
-        return list(size), precision, compile
+    """Size and precision of the two that are compared."""
+    def step(size, n, device, precision="float32"):
+        return list(size), precision
     rows = {}
     monkeypatch.setattr(bench, "gan_step", step)
     monkeypatch.setattr(bench, "flops", lambda function: 6 if type(function) is tuple else 2)
@@ -74,10 +74,9 @@ def test_a_row_of_the_gan_step_is_what_it_says(monkeypatch):
         monkeypatch.setattr(bench, "straightforward_step", lambda *_: print)
         table = bench.Table(device, 2)
         bench.bench_gan(table, SimpleNamespace(size=[24, 48], batch_size=2))
-    plain = [24, 48], "float32", False
+    plain = [24, 48], "float32"
     assert rows == {
-        "GAN step": (plain, print), "bfloat16": (([24, 48], "bfloat16", False), plain),
-        "a quarter of the pixels": (([12, 24], *plain[1:]), plain),
-        "tf32": (([24, 48], "tf32", False), plain),
-        "bfloat16 and --compile": (([24, 48], "bfloat16", True), plain)}
+        "GAN step": (plain, print), "bfloat16": (([24, 48], "bfloat16"), plain),
+        "a quarter of the pixels": (([12, 24], "float32"), plain),
+        "tf32": (([24, 48], "tf32"), plain)}
     assert table.rows[0][1:3] == ["1.5e-09 GFLOP/s", "0.75"]

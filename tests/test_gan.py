@@ -67,7 +67,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh, monkeypatch
     state = torch.load(fresh / "runs/ours/last.pt", weights_only=True)
     first = state["log"][0]["loss_adv"]
     assert {*state["settings"]} == {*vars(parsed(monkeypatch, "train_gan", []))} - {
-        "data", "run", "device", "resume", "overwrite", "save_every", "compile"} | {
+        "data", "run", "device", "resume", "overwrite", "save_every"} | {
         "images", "pretrain", "discriminator"}
     del state["settings"]["rec"]                                # of an older version
     torch.save(state, fresh / "runs/ours/last.pt")
@@ -107,13 +107,3 @@ def test_figure_1_shows_the_log():
             [{1: 8, 2: 6, 3: 4, 4: 2}, {2: 7, 3: 5, 4: 3}])):
         *curves, line = [dict(line.get_xydata()) for line in axis.lines]
         assert curves == wanted and list(line) == [3] and axis.get_title().startswith(title)
-
-
-def test_compile_is_asked_of_both_networks(fresh, monkeypatch):
-    """By --compile only; what it does on a GPU: test_gpu.py."""
-    asked = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: asked.append(type(net).__name__))
-    for flags, wanted in (([], []), (["--compile", "--resume"], ["Refiner", "Discriminator"])):
-        run_here(monkeypatch, fresh, "train_gan",
-                 ["--steps", 1, "--batch-size", 1, "--history", 0, *flags])
-        assert asked == wanted

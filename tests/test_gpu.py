@@ -4,7 +4,6 @@ Skipped where there is no CUDA device. Tolerances: float32 sums are in another o
 the largest value); TF32 is off.
 """
 import copy
-import os
 import shutil
 
 import pytest
@@ -102,21 +101,17 @@ def test_segmentation_is_a_cpus(Network):
         close(place(net, pick_device("auto"))(x.cuda()), wanted, 1e-3)
 
 
-@pytest.mark.parametrize("flags", [["--precision", "tf32"], ["--precision", "bfloat16"],
-                                   ["--compile"]])
-def test_every_way_to_be_faster_trains_and_saves_the_same_keys(fresh, flags):
-    if "--compile" in flags and not (os.environ.get("CC") or shutil.which("gcc")
-                                     or shutil.which("clang")):
-        pytest.skip("Triton wants a C compiler")
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_every_precision_trains_and_saves_the_same_keys(fresh, precision):
+    flags = ["--precision", precision]
     call("train_gan.py", "--steps", 4, "--batch-size", 2, "--sample-every", 2, "--device", "cuda",
          *flags, cwd=fresh)                                   # what is not finite is not saved
     found, wanted = (torch.load(fresh / f"runs/ours/{name}.pt", weights_only=True)
                      for name in ("last", "pretrain"))
     for part, kind in (("refiner",) * 2, ("average", "refiner"), ("discriminator",) * 2):
         assert found[part].keys() == wanted[kind].keys()
-    if "--precision" in flags:
-        call("segment.py", "--network", "unet", "--epochs", 1, "--batch-size", 4, "--device",
-             "cuda", "--train", "real", *flags, cwd=fresh)
+    call("segment.py", "--network", "unet", "--epochs", 1, "--batch-size", 4, "--device", "cuda",
+         "--train", "real", *flags, cwd=fresh)
 
 
 def test_the_other_stages_run_on_it(fresh):
