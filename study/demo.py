@@ -16,29 +16,24 @@ BASE = Path("demo/seed0")
 TABLES = BASE / "results/8-epochs"                   # the Makefile's --base, --seeds, --epochs
 
 
-def print_table(table2, segment, on_real):
-    """mIoU on real by training set, with a bar each; then how far the images are from real."""
+def print_table(segment, on_real):
+    """mIoU on real by training set, with a bar each."""
     tests = segment["test_images"]["real"]
     print(f"\nU-Net, trained on {segment['images']} images of each kind for {segment['epochs']} "
           f"epochs, tested on {tests} real ones:\n")
     for row, value in on_real.items():
         bar = "#" * round(40 * value / max(on_real.values()))
         print(f"  {row:12s}{value:.3f} mIoU  {bar}")
-    print(f"\nDistance of the images from real ones ({table2['label']}, N = {table2['n']}):\n")
-    for row, found in table2["rows"].items():
-        if "fid" in found["scores"]:
-            print(f"  {row:32s}{found['scores']['fid']['value']:8.1f}")
 
 
 def main():
     # 1. What the stages have found.
     segment = read_json(TABLES / "segment_unet.json")
-    table2 = read_json(BASE / "results/table2.json")
     domains, table = segment["domains"], {}                   # of which real is the last
     for row, of_row in segment["scores"]["0"].items():
         table[row] = [of_row[d]["mIoU"] for d in domains]
     on_real = {row: values[-1] for row, values in table.items()}
-    print_table(table2, segment, on_real)
+    print_table(segment, on_real)
 
     # 2. The same in one picture.
     images = {}

@@ -63,7 +63,7 @@ def training(stage, name, seed, folder, args):
     inception = ["--inception", str(args.inception)] if stage == "pretrain" else []
     return [script, "--method", ROWS[name].get("method", "ours"), "--data", f"{folder}/data",
             "--run", f"{folder}/runs/{name}", "--seed", str(seed), "--precision", args.precision,
-            *inception, *shlex.split(getattr(args, stage)),
+            *inception, *getattr(args, stage),
             *shlex.split(ROWS[name].get(stage, ""))]
 
 
@@ -107,28 +107,15 @@ def run(command):
         raise UserError("the study stopped (see above); the same command goes on")
 
 
-def once(step, command, history, resume=False):
+def once(step, command, history):
     """Run a command unless a stamp in the folder that it makes says that it has ended with this
-    very history: all commands that its result comes from, as text."""
-    stamp = Path(command[command.index("--run" if "--run" in command else "--out") + 1], f".{step}")
+    very history: all commands that its result comes from, as text. A stopped training goes on."""
+    folder = Path(command[command.index("--run" if "--run" in command else "--out") + 1])
+    stamp, checkpoint = folder / f".{step}", CHECKPOINTS.get(command[0])
     if stamp.is_file() and stamp.read_text(encoding="utf-8", errors="surrogateescape") == history:
         return
-    run(command + ["--resume"] if resume else command)
+    run(command + ["--resume"] if checkpoint and (folder / checkpoint).exists() else command)
     write_text(stamp, history)
-
-
-def make_row(name, seed, folder, args, history):
-    """Make the domain of a row. history: the commands that made its data, as a list of text;
-    returns it with those of the row."""
-    history = list(history)
-    for step, command in commands_of_row(name, seed, folder, args):
-        resume = False
-        if command[0] in CHECKPOINTS:
-            trained = Path(command[command.index("--run") + 1])
-            resume = (trained / CHECKPOINTS[command[0]]).exists()
-        history.append(shlex.join(command))
-        once(step, command, "\n".join(history), resume)
-    return history
 
 
 def run_seed(seed, history, args):
@@ -143,9 +130,13 @@ def run_seed(seed, history, args):
             link.symlink_to(f"../../data/{name}")
     made = list(history)
     for name in args.rows:
-        made += make_row(name, seed, folder, args, history)
-    write_json(folder / "settings.json", {                    # which no training has refused
-        key: getattr(args, key) for key in ("prepare", "pretrain", "gan", "precision")})
+        of_row = list(history)
+        for step, command in commands_of_row(name, seed, folder, args):
+            of_row.append(shlex.join(command))
+            once(step, command, "\n".join(of_row))
+        made += of_row
+    flags = {key: shlex.join(getattr(args, key)) for key in ("prepare", "pretrain", "gan")}
+    write_json(folder / "settings.json", {**flags, "precision": args.precision})
     evaluate = ["evaluate.py", "--data", f"{folder}/data", "--out", f"{folder}/results",
                 "--inception", str(args.inception)]
     once("evaluate", evaluate, "\n".join([*made, shlex.join(evaluate)]))
@@ -210,23 +201,17 @@ def write_record(args):
             shutil.copy(curves[0], temporary)
 
 
-def quoted(text):
-    """An argparse type: flags of a stage, in one string."""
-    shlex.split(text)                                         # ValueError: a quotation has no end
-    return text
-
-
 def arguments():
     p = parser(__doc__)
     p.add_argument("name", help="of the study: its folder in runs/study, its record")
-    p.add_argument("--prepare", type=quoted, required=True, help="of prepare.py, in one string")
+    p.add_argument("--prepare", type=shlex.split, required=True, help="of prepare.py, one string")
     add_inception_flag(p)
     p.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="all of it for each")
     p.add_argument("--rows", choices=ROWS, nargs="+", default=list(ROWS), metavar="ROW",
                    help="of the study, the same in every command: " + ", ".join(ROWS))
-    p.add_argument("--pretrain", type=quoted, default="", help="of pretrain.py, every row; a "
-                   "single one as --pretrain=--d-stride=1")
-    p.add_argument("--gan", type=quoted, default="", help="of train_gan.py, every row")
+    p.add_argument("--pretrain", type=shlex.split, default="", help="of pretrain.py, every row; "
+                   "a single one as --pretrain=--d-stride=1")
+    p.add_argument("--gan", type=shlex.split, default="", help="of train_gan.py, every row")
     add_precision_flag(p)
     p.add_argument("--epochs", type=positive(int), nargs="+", default=[30, 8],
                    help="of the segmenters: the tables are of the first, U-Net has all of them")
@@ -247,10 +232,10 @@ def arguments():
 
 def main():
     args = arguments()
-    print(f"study.run: reads prepare.py {args.prepare}; writes {args.base}/ and "
+    print(f"study.run: reads prepare.py {shlex.join(args.prepare)}; writes {args.base}/ and "
           f"{args.results}/{args.name}.json", flush=True)
     check_record(args)
-    prepare = ["prepare.py", "--out", f"{args.base}/data", *shlex.split(args.prepare)]
+    prepare = ["prepare.py", "--out", f"{args.base}/data", *args.prepare]
     once("prepare", prepare, shlex.join(prepare))
     for seed in args.seeds:
         run_seed(seed, [shlex.join(prepare)], args)

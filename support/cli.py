@@ -44,8 +44,6 @@ def start(main):
                               "smaller --size or fewer --workers")
         if isinstance(error, BrokenPipeError):       # | head; what is still to print goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            error = UserError("nobody reads what this prints, so it stopped; run it again, into "
-                              "a file")
         if not isinstance(error, (UserError, OSError)):
             raise                                    # a mistake of ours: the traceback
         status, line = 2, f"error: {error}"
@@ -136,8 +134,10 @@ def whole(path):
     try:
         yield temporary
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)      # a full disk names none
         raise
 
 
