@@ -75,6 +75,8 @@ def train(R, D, psi, synthetic, real, args, device, settings, saved):
     training = Training(args.run / "pretrain.pt", "pretrain", args.run / "pretrain.csv", settings,
                         COLUMNS, saved, refiner=R, discriminator=D, optimizer_R=optimizer_R,
                         optimizer_D=optimizer_D, random=batches)
+    if not training.step:
+        (args.run / "pretrain.png").unlink(missing_ok=True)   # of a run to --overwrite
     for step in training.steps(args.steps + args.d_steps, args.save_every):
         with autocast(device, args.precision):
             if step <= args.steps:

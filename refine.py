@@ -42,9 +42,6 @@ TILE, MARGIN = 768, 24      # pixels; R sees 16 pixels up and left, 17 down and 
 def refine_split(R, source, target, device, batch_size):
     """Refine source/images into target/images and copy the labels; returns how many."""
     files = files_of(source)
-    for kind in ("images", "labels"):
-        shutil.rmtree(target / kind, ignore_errors=True)
-        (target / kind).mkdir(parents=True)
     for i in progress(range(0, len(files), batch_size), desc=f"refine {source}", unit="batch"):
         some = files[i:i + batch_size]
         refined = to_uint8(R(to_float(read_stack(some, "RGB").to(device)))).cpu()  # [n, 3, H, W]
@@ -63,6 +60,9 @@ def refine_domain(R, args, record, device):
         record["source_sha256"][split] = sha256_of(args.data / split)
     lock(args.out)
     write_json(args.out / "refine.json", {**record, "finished": False})
+    for folder in ("train/images", "train/labels", "test/images", "test/labels"):
+        shutil.rmtree(args.out / folder, ignore_errors=True)
+        (args.out / folder).mkdir(parents=True)               # a stopped run is seen by both
     for split in ("train", "test"):
         count += refine_split(R, args.data / split, args.out / split, device, args.batch_size)
     write_json(args.out / "refine.json", {**record, "finished": True})

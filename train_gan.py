@@ -170,6 +170,7 @@ def train(R, D, synthetic, real, pairs, args, device, settings, saved):
                         random=batches)
     if not training.step:                                     # a new run
         shutil.rmtree(args.run / "samples", ignore_errors=True)      # of a run to --overwrite
+        (args.run / "curves.png").unlink(missing_ok=True)
         history.add(refine(R, batches.draw(synthetic, n)))    # it begins with a batch
 
     for step in training.steps(args.steps, args.save_every,
@@ -300,6 +301,8 @@ def main():
     saved, pretrained = load_checkpoints(args)      # again: another process may have ended by now
     settings = settings_of(args, images=[synthetic, real], pretrain=pretrained["refiner"].values(),
                            discriminator=pretrained["discriminator"].values())
+    if pretrained["settings"].get("images") != settings["images"]:
+        print(f"warning: {args.run / 'pretrain.pt'} has learned from other images than these")
 
     # 3. Both networks, pre-trained, or as they were when the run stopped.
     state, path = saved or pretrained, args.run / ("last.pt" if saved else "pretrain.pt")

@@ -81,6 +81,11 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh, monkeypatch
     assert "writes runs/ours/; --precision bfloat16 is " in out
     assert torch.load(fresh / "runs/ours/last.pt", weights_only=True)["log"][0]["loss_adv"] != first
     assert [p.name for p in (fresh / "runs/ours/samples").iterdir()] == ["step_000001.png"]
+    assert "other images" not in out
+    images = sorted((fresh / "data/real/train/images").iterdir())
+    images[1].write_bytes(images[0].read_bytes())
+    out, _ = call("train_gan.py", "--steps", 1, *GAN, "--overwrite", cwd=fresh)
+    assert "pretrain.pt has learned from other images than these" in out
 
 
 @pytest.mark.parametrize("module, flags, path", [

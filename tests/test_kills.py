@@ -100,6 +100,23 @@ def test_data_stages_killed_and_run_again(fresh, command, out):
     assert same_runs(fresh / "whole", fresh / out) and len(content(fresh / "whole")) > 20
 
 
+def test_half_a_domain_is_not_taken_for_none(fresh):
+    """Stopped in train/; evaluate.py looks for test/."""
+    process = Command("refine.py", "--checkpoint", "runs/ours/pretrain.pt", "--batch-size", 1,
+                      "--out", "data/half", cwd=fresh)
+    process.wait_for((fresh / "data/half/test/labels").exists)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    _, err = call("evaluate.py", "--inception", "random", cwd=fresh, status=2)
+    assert "data/half" in err and "not finished" in err
+
+
+def test_a_full_disk_is_one_line_with_the_file(tmp_path):
+    _, err = call("prepare.py", "--demo", "--size", 24, 48, "--limit", 2, "--test", 1, cwd=tmp_path,
+                  status=2, megabytes=0.001)
+    assert re.search(r"File too large: 'data/\w+/\w+/\w+/\w+.png'$", err.strip())
+
+
 def test_ctrl_c_in_prepare_is_one_line(tmp_path):
     """While its threads draw."""
     with open(tmp_path / "err", "w") as err:
@@ -267,11 +284,15 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(fresh, script, term,
     flags = GAN if script == "train_gan" else [*PRETRAIN, "--run", "runs/nan", "--steps", 3]
     flags = [*flags, "--save-every", 4, "--precision", "bfloat16"]
     torch.backends.cudnn.allow_tf32 = False
+    old = fresh / ("runs/ours/curves.png" if script == "train_gan" else "runs/nan/pretrain.png")
+    old.parent.mkdir(exist_ok=True)
+    old.touch()                                                  # of a run to --overwrite
     with pytest.raises(UserError, match=f"step 5: .*{term}.* nan.*(last|pretrain).pt"):
         run_here(monkeypatch, fresh, script, flags, seconds)
     path = fresh / ("runs/ours/last.pt" if script == "train_gan" else "runs/nan/pretrain.pt")
     assert load_checkpoint(path, ["gan", "pretrain"], "")["step"] == 4
     assert all(calls) and torch.backends.cudnn.allow_tf32      # a GPU's, by pick_device
+    assert not old.exists()
     assert seconds < 1 or len(calls) == (15 if script == "train_gan" else 5)    # it stops at once
 
 
