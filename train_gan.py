@@ -169,8 +169,6 @@ def train(R, D, synthetic, real, pairs, args, device, settings, saved):
                         optimizer_D=optimizer_D, average=average, history=history, best=best,
                         random=batches)
     if not training.step:                                     # a new run
-        shutil.rmtree(args.run / "samples", ignore_errors=True)      # of a run to --overwrite
-        (args.run / "curves.png").unlink(missing_ok=True)
         history.add(refine(R, batches.draw(synthetic, n)))    # it begins with a batch
 
     for step in training.steps(args.steps, args.save_every,
@@ -310,6 +308,9 @@ def main():
     D = place(rebuild(Discriminator, state, "discriminator", path), device)
 
     # 4. Train them against each other.
+    if not saved:                                             # the pictures of a run to --overwrite
+        shutil.rmtree(args.run / "samples", ignore_errors=True)
+        (args.run / "curves.png").unlink(missing_ok=True)
     synthetic, real = keep_on(device, synthetic, real, args.history * args.batch_size)
     rows, best = train(R, D, synthetic, real, pairs, args, device, settings, saved)
 

@@ -34,9 +34,9 @@ GIVEN = ["synthetic", "real"]                                # made by prepare.p
 
 # The rows, in the order of the work, and what is changed in them. "pretrain", "gan": flags added
 # to those of pretrain.py, train_gan.py. "method": simgan, if not ours. "checkpoint": what refine.py
-# takes, if not average.pt; "of": of that row's training, which is not done again. "filter": synthetic
-# images, changed by that module. "segment": False, if no network is trained on the row. "Squares":
-# L_rec by squares.
+# takes, if not average.pt; "of": of that row's training, which is not done again. "filter": the
+# module that makes the images, without R. "segment": False, if no network is trained on the row.
+# "Squares": L_rec by squares.
 ROWS = {
     "synthetic": {},
     "real": {},

@@ -8,7 +8,6 @@ import csv
 import inspect
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ import torchvision
 from conftest import Command, call, parsed, save_pair
 from PIL import Image
 from torch import nn
+from torchvision.models.segmentation.deeplabv3 import ASPP
 
 import plain
 import segment
@@ -228,6 +228,7 @@ def test_segmentation_trainings_differ_in_data_and_seed_only(cwd):
     assert record["scores"] == json.loads(json.dumps(found), parse_constant=lambda _: None)
     for metric, paper in segment.PAPER["unet"].items():
         assert segment.matrix_table(metric, paper, found, ROWS, COLUMNS) in text
+    assert "\n| bicycle | - | - |\n" in text and "\n± is the standard deviation over" in text
     assert segment.class_table(found, ROWS, TABLE) in text
     for seed, table in record["confusion"].items():
         for trained, row in table.items():
@@ -438,9 +439,9 @@ def test_unet_equals_its_drawing_written_out(height, width):
 
 
 def test_deeplab_equals_its_papers_written_out():
-    """ASPP of 1x1, 3x3 at rates 6, 12 and 18 and the mean of the image; the decoder with the
-    low-level path; both times enlarged bilinearly. The map of 7 x 20 lets every rate reach it.
-    The trunk is torchvision's ResNet-50 with an output stride of 16, taken as it is."""
+    """The decoder with the low-level path; both times enlarged bilinearly. Before it torchvision's
+    ResNet-50 with an output stride of 16 and its ASPP with rates of 6, 12 and 18, which the map of
+    7 x 20 lets reach it."""
     net, images = with_known_weights(DeepLabV3Plus()), known_images(1, 100, 310)
     p, trunk = net.state_dict(), torchvision.models.resnet50(
         replace_stride_with_dilation=[False, False, True])
@@ -451,15 +452,10 @@ def test_deeplab_equals_its_papers_written_out():
         deep = trunk[5:](low)
     assert deep.shape[2:] == (7, 20)
 
-    branches = [convolve(deep, p, "aspp.convs.0.0", 256, 1, bias=False)]
-    for i, rate in ((1, 6), (2, 12), (3, 18)):
-        branches.append(convolve(deep, p, f"aspp.convs.{i}.0", 256, 3, bias=False, padding=rate,
-                                 dilation=rate))
-    branches = [relu(batch_norm(x, p, f"aspp.convs.{i}.1")) for i, x in enumerate(branches)]
-    mean = convolve(deep.mean((2, 3), keepdim=True), p, "aspp.convs.4.1", 256, 1, bias=False)
-    mean = relu(batch_norm(mean, p, "aspp.convs.4.2"))
-    x = torch.cat([*branches, mean.expand_as(branches[0])], 1)
-    x = relu(batch_norm(convolve(x, p, "aspp.project.0", 256, 1, bias=False), p, "aspp.project.1"))
+    aspp = ASPP(2048, [6, 12, 18]).double().eval()
+    aspp.load_state_dict({name[5:]: w for name, w in p.items() if name.startswith("aspp.")})
+    with torch.no_grad():
+        x = aspp(deep)
 
     low = relu(batch_norm(convolve(low, p, "low.0", 48, 1, bias=False), p, "low.1"))
     x = torch.cat([F.interpolate(x, low.shape[2:], mode="bilinear"), low], 1)
@@ -499,28 +495,6 @@ def test_the_papers_values_are_the_defaults(script, same, papers, cwd, monkeypat
     for flag in papers.split():
         block = text.rsplit(f" --{flag} ", 1)[1].split(" --")[0]
         assert "(paper)" in block and "(default: " in block, block
-
-
-def test_tables_3_to_6_show_the_papers_numbers(tmp_path):
-    """Bold, in their cells: "refined" is SimGAN's in SimGAN's row. The others are in the text
-    of the study's record."""
-    tested = {seed: {a: {b: {"mIoU": i - j / 4 + seed, "accuracy": 9 * i + j + seed,
-                             "IoU": [i + j] * 18 + [np.nan if seed < 0 else 0.5],
-                             "classes": 18 + (seed > 0)} for j, b in enumerate(COLUMNS)}
-                     for i, a in enumerate(COLUMNS)} for seed in (-1, 1)}
-    args = SimpleNamespace(epochs=1, batch_size=2, lr=1, seeds=[0], table=TABLE, out=tmp_path,
-                           random_crops=False)
-    segment.report("deeplabv3plus", tested, COLUMNS, COLUMNS, 2, args)
-    text = (tmp_path / "segment_deeplabv3plus.md").read_text()
-    for line in ("| trained on \\ tested on | synthetic | simgan | ours | real |",
-                 "| simgan | **1.000** (0.18) | **0.750** (0.23) | 0.500 | **0.250** (0.09) |",
-                 "| simgan | **9.0** (67.3) | **10.0** (70.9) | 11.0 | **12.0** (31.75) |",
-                 "| class | synthetic | simgan | ours | real |",
-                 "| road | 3.000 ± 0.000 | 4.000 ± 0.000 | 5.000 ± 0.000 | 6.000 ± 0.000 |",
-                 "| bicycle | - | - | - | - |",
-                 "| classes in the mean | 18, 19 | 18, 19 | 18, 19 | 18, 19 |",
-                 "± is the standard deviation over the seeds."):
-        assert f"\n{line}\n" in text.replace(" ± 1.414", "").replace(" ± 1.4", "")
 
 
 @pytest.mark.parametrize("width, scale", [(48, 3), (170, 1)])

@@ -122,7 +122,6 @@ MISTAKES = [
     ("segment.py", "data real prepare.py"),
     ("segment.py --batch-size 1", "--batch-size two"),
     ("train_gan.py --batch-size 1", "--batch-size 1: --history 0"),
-    ("train_gan.py --steps many", "--steps positive int"),
     ("train_gan.py --seed 9223372036854775808", "--seed 2**63"),
     ("pretrain.py --device cuda:99", "--device cuda:99:"),
     ("refine.py --checkpoint old.pt --data good/real --out new", "old.pt refiner train"),

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, Command, call, content, noise, run_here
 
 import prepare
+import refine
 import train_gan
 from support import training
 from support.cli import UserError
@@ -117,6 +118,22 @@ def test_a_full_disk_is_one_line_with_the_file(tmp_path):
     assert re.search(r"File too large: 'data/\w+/\w+/\w+/\w+.png'$", err.strip())
 
 
+@pytest.mark.parametrize("module, step, flags", [
+    (prepare, "make_domain", ["--demo", "--size", 24, 48, "--limit", 2, "--test", 1]),
+    (refine, "refine_split", ["--checkpoint", "runs/ours/pretrain.pt"])])
+def test_what_is_made_anew_is_unfinished_until_then(fresh, monkeypatch, module, step, flags):
+    flags, made = [*flags, "--out", "anew"], fresh / f"anew/{module.__name__}.json"
+    call(f"{module.__name__}.py", *flags, cwd=fresh)
+    assert json.loads(made.read_text())["finished"]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(module, step, stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_here(monkeypatch, fresh, module.__name__, flags)
+    assert not json.loads(made.read_text())["finished"]
+
+
 def test_ctrl_c_in_prepare_is_one_line(tmp_path):
     """While its threads draw."""
     with open(tmp_path / "err", "w") as err:
@@ -192,6 +209,10 @@ def test_a_trained_network_is_not_trained_again_but_a_changed_one_is(fresh):
     assert {**whole["settings"], "start": 0, "data": 0} == {
         "start": 0, "data": 0, "epochs": 1, "batch_size": 4, "lr": 1e-3, "precision": "float32",
         "random_crops": False}
+    run("--epochs", 2, "--batch-size", 3, "--lr", 0.01, "--precision", "bfloat16")
+    found = weights_of("real")[1]["settings"]
+    assert [found[key] for key in ("epochs", "batch_size", "lr", "precision")] == [
+        2, 3, 0.01, "bfloat16"]
     assert run("--random-crops")[0] == 0
     crops = weights_of("real")[1]["weights"]
     assert not torch.equal(crops["head.bias"], whole["weights"]["head.bias"])
@@ -261,6 +282,9 @@ def test_a_finished_run_goes_further_as_if_it_had_been_asked_for(fresh, monkeypa
     torch.save({**state, "step": 7}, fresh / "runs/ours/last.pt")      # nobody looked at 7
     with pytest.raises(UserError, match="was run with steps = 10, not 7"):
         run_here(monkeypatch, fresh, "train_gan", [*flags, 7, "--resume"])
+    monkeypatch.setattr(train_gan, "WARM_UP", 6)      # of 10 steps: 5, so it looked at the sixth
+    with pytest.raises(UserError, match="was run with steps = 10, not 20"):
+        run_here(monkeypatch, fresh, "train_gan", [*flags, 20, "--resume"])
 
 
 # ------------------------------------------------------------------- losses that are no numbers
@@ -283,7 +307,6 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(fresh, script, term,
         monkeypatch.setattr(module, name, partial(update, getattr(module, name)))
     flags = GAN if script == "train_gan" else [*PRETRAIN, "--run", "runs/nan", "--steps", 3]
     flags = [*flags, "--save-every", 4, "--precision", "bfloat16"]
-    torch.backends.cudnn.allow_tf32 = False
     old = fresh / ("runs/ours/curves.png" if script == "train_gan" else "runs/nan/pretrain.png")
     old.parent.mkdir(exist_ok=True)
     old.touch()                                                  # of a run to --overwrite
@@ -291,8 +314,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(fresh, script, term,
         run_here(monkeypatch, fresh, script, flags, seconds)
     path = fresh / ("runs/ours/last.pt" if script == "train_gan" else "runs/nan/pretrain.pt")
     assert load_checkpoint(path, ["gan", "pretrain"], "")["step"] == 4
-    assert all(calls) and torch.backends.cudnn.allow_tf32      # a GPU's, by pick_device
-    assert not old.exists()
+    assert all(calls) and not old.exists()
     assert seconds < 1 or len(calls) == (15 if script == "train_gan" else 5)    # it stops at once
 
 

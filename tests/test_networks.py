@@ -85,6 +85,10 @@ def test_random_inception_is_frozen_and_not_flat(images):
     assert (again(x) - other(x)).abs().mean() > 1e-3
     y = pool3(x)
     assert not y.requires_grad and y.isfinite().all() and y.std(0).mean() > 1e-3
+    many = torch.cat([images.flip(0)] * 30 + [images])[:32]
+    some = [load_inception("random", "Conv2d_1a_3x3", x)[0].bn.running_mean
+            for x in (many, many[::2], many[:16])]
+    assert torch.equal(some[0], some[1]) and not torch.equal(some[0], some[2])
 
 
 def test_features_that_are_not_finite_are_refused(images):

@@ -221,6 +221,7 @@ FRAMES = {
     "two.gif": (encoded(noise(1), "GIF", save_all=True, append_images=[PHOTO]), LABEL,
                 "2 pictures"),
     "cut.gif": (encoded(PHOTO, "GIF")[:-1] + b"!", LABEL, "index out of range"),
+    "camera.jpg": (encoded(PHOTO, "MPO", save_all=True, append_images=[noise(1)]), LABEL, ""),
     "unsaid.jpg": (held(0), LABEL, ""), "mirrored.jpg": (held(2), LABEL, "EXIF"),
     "turned.jpg": (held(8), LABEL, "EXIF"), "no such number.jpg": (held(9), LABEL, ""),
     "n" * 247 + ".png": (PHOTO, LABEL, ""),

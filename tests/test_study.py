@@ -14,7 +14,7 @@ from PIL import Image
 
 import study.run as run
 from prepare import load_images
-from study import demo, report
+from study import colour, demo, report
 from support import figures
 from support.cli import UserError, write_json
 from support.training import to_float
@@ -275,8 +275,9 @@ def check_the_demos_end(base, monkeypatch, capsys):
 
 def test_colour_gives_the_mean_and_the_deviation_of_real(fresh, tmp_path):
     """Of those to train on, not to test; the labels stay; only a folder of its own is replaced."""
-    for file in (fresh / "data/real/test/images").iterdir():
-        Image.new("RGB", (48, 24)).save(file)
+    for domain in ("real", "synthetic"):
+        for file in (fresh / f"data/{domain}/test/images").iterdir():
+            Image.new("RGB", (48, 24), "navy").save(file)
     (fresh / "data/synthetic/test/labels").rename(fresh / "labels")     # it needs none
     flags = ["--data", fresh / "data", "--out"]
     call("study/colour.py", *flags, tmp_path / "colour", cwd=tmp_path)
@@ -291,6 +292,7 @@ def test_colour_gives_the_mean_and_the_deviation_of_real(fresh, tmp_path):
         assert (tmp_path / "colour/train/labels" / label.name).read_bytes() == label.read_bytes()
     _, err = call("study/colour.py", *flags, fresh / "data/synthetic", cwd=tmp_path, status=2)
     assert "not made by" in err
+    assert colour.statistics(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))[1].min() > 0
 
 
 def test_the_text_of_a_record_is_made_from_it():

@@ -21,7 +21,9 @@ import prepare
 from prepare import PALETTE, TABLE, check_domains, load_labels, names
 from support import cli
 from support.cli import UserError, lock, write_text
+from support.figures import Figure, save_figure
 from support.raw import usable
+from support.training import save_checkpoint
 
 FLAGS = ["--crop", "none", "--size", 24, 48, "--workers", 1]
 
@@ -389,6 +391,20 @@ def test_figures_need_no_backend_and_printing_no_unicode(tmp_path):
         env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline",
              "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
     assert done.returncode == 0 and (tmp_path / "a.png").is_file(), done.stderr
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: write_text(path, "new"), lambda path: cli.write_json(path, {"new": 1}),
+    lambda path: cli.write_png(path, noise(0)), lambda path: save_figure(path, Figure()),
+    lambda path: save_checkpoint(path, "gan", step=1)])
+def test_a_file_is_written_under_another_name(write, tmp_path, monkeypatch):
+    """Which is then given to it in one step."""
+    path, renamed = tmp_path / "file", []
+    path.write_text("old")
+    monkeypatch.setattr(os, "replace", lambda *names: renamed.append(names))
+    write(path)
+    ((temporary, final),) = renamed
+    assert final == path and path.read_text() == "old" and temporary.stat().st_size
 
 
 def test_a_reader_that_goes_away_is_said(tmp_path):
