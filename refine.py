@@ -62,7 +62,7 @@ def refine_domain(R, args, record, device):
     write_json(args.out / "refine.json", {**record, "finished": False})
     for folder in ("train/images", "train/labels", "test/images", "test/labels"):
         shutil.rmtree(args.out / folder, ignore_errors=True)
-        (args.out / folder).mkdir(parents=True)               # a stopped run is seen by both
+        (args.out / folder).mkdir(parents=True)               # or half a domain would seem none
     for split in ("train", "test"):
         count += refine_split(R, args.data / split, args.out / split, device, args.batch_size)
     write_json(args.out / "refine.json", {**record, "finished": True})

@@ -299,8 +299,9 @@ def main():
     saved, pretrained = load_checkpoints(args)      # again: another process may have ended by now
     settings = settings_of(args, images=[synthetic, real], pretrain=pretrained["refiner"].values(),
                            discriminator=pretrained["discriminator"].values())
-    if pretrained["settings"].get("images") != settings["images"]:
-        print(f"warning: {args.run / 'pretrain.pt'} has learned from other images than these")
+    if pretrained["settings"].get("images", settings["images"]) != settings["images"]:
+        print(f"warning: {args.run / 'pretrain.pt'} has learned from other images than these; if "
+              "that is not meant, run pretrain.py --overwrite")
 
     # 3. Both networks, pre-trained, or as they were when the run stopped.
     state, path = saved or pretrained, args.run / ("last.pt" if saved else "pretrain.pt")

@@ -63,8 +63,7 @@ def training(stage, name, seed, folder, args):
     inception = ["--inception", str(args.inception)] if stage == "pretrain" else []
     return [script, "--method", ROWS[name].get("method", "ours"), "--data", f"{folder}/data",
             "--run", f"{folder}/runs/{name}", "--seed", str(seed), "--precision", args.precision,
-            *inception, *getattr(args, stage),
-            *shlex.split(ROWS[name].get(stage, ""))]
+            *inception, *getattr(args, stage), *shlex.split(ROWS[name].get(stage, ""))]
 
 
 def commands_of_row(name, seed, folder, args):
@@ -224,7 +223,7 @@ def arguments():
     p.add_argument("--base", type=path_of, help="where the runs lie (default: runs/study/NAME)")
     p.add_argument("--results", type=path_of, default=ROOT / "study/results", help="of the record")
     args = p.parse_args()
-    if "--classes" in args.prepare:
+    if "--classes" in shlex.join(args.prepare):
         p.error("--prepare: the study's tables are of the 19 classes, leave out --classes")
     args.base = args.base or Path("runs/study") / args.name
     return args

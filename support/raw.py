@@ -18,8 +18,8 @@ ENDINGS = {ending for ending, name in Image.registered_extensions().items()
 LOSSLESS = {"BMP", "PNG", "TIFF"}          # pixel values come back as saved; GIF numbers them anew
 ORIENTATION = 0x0112                                               # EXIF: how a camera was held
 # What Pillow raises at a file that it cannot read.
-UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, LookupError, EOFError,
-              struct.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, IndexError, struct.error,
+              Image.DecompressionBombError)
 
 # Endings and folders of label maps, which are no photographs.
 KINDS = ["_labelIds", "_labelTrainIds", "_instanceIds", "_color"]

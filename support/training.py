@@ -22,6 +22,8 @@ def pick_device(name, precision="float32"):
             "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("no network runs on it")
     except Exception as error:                       # another kind for every device
         raise UserError(f"--device {name}: cannot be used ({str(error).splitlines()[0][:80]}); "
                         "use --device cpu, cuda, cuda:1 or mps") from None
@@ -51,8 +53,8 @@ def autocast(device, precision):
 
 
 def place(net, device):
-    """Move `net` to `device`, channels last in memory, which is fastest; but not on MPS, whose
-    BatchNorm learns wrongly in that order (pytorch issue 175189)."""
+    """Move `net` to `device`, channels last in memory, which is fastest on a CPU and in bfloat16;
+    but not on MPS, whose BatchNorm learns wrongly in that order (pytorch issue 175189)."""
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     return net.to(device, memory_format=layout)
 

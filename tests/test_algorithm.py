@@ -21,7 +21,6 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 
 import plain
 import segment
-import train_gan
 from evaluate import CONTROL, FLOOR
 from models import (DeepLabV3Plus, Discriminator, Refiner, UNet, fid, inception_features,
                     kid, load_inception, ssim)
