@@ -75,8 +75,6 @@ def train(R, D, psi, synthetic, real, args, device, settings, saved):
     training = Training(args.run / "pretrain.pt", "pretrain", args.run / "pretrain.csv", settings,
                         COLUMNS, saved, refiner=R, discriminator=D, optimizer_R=optimizer_R,
                         optimizer_D=optimizer_D, random=batches)
-    if not training.step:
-        (args.run / "pretrain.png").unlink(missing_ok=True)   # of a run to --overwrite
     for step in training.steps(args.steps + args.d_steps, args.save_every):
         with autocast(device, args.precision):
             if step <= args.steps:
@@ -149,6 +147,8 @@ def main():
     # 3. Train R, then D.
     lock(args.run)
     saved = saved_run(args.run / "pretrain.pt", "pretrain", args)    # again: another may have ended
+    if not saved:                                             # the picture of a run to --overwrite
+        (args.run / "pretrain.png").unlink(missing_ok=True)
     synthetic, real = keep_on(device, synthetic, real)
     rows = train(R, D, psi, synthetic, real, args, device, settings, saved)
 
