@@ -44,6 +44,8 @@ def start(main):
                               "smaller --size or fewer --workers")
         if isinstance(error, BrokenPipeError):       # | head; what is still to print goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            error = UserError("nobody reads what this prints, so it stopped; run it again, into "
+                              "a file")
         if not isinstance(error, (UserError, OSError)):
             raise                                    # a mistake of ours: the traceback
         status, line = 2, f"error: {error}"

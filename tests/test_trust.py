@@ -412,7 +412,7 @@ def test_a_reader_that_goes_away_is_said(tmp_path):
     done = subprocess.run(f"{sys.executable} {ROOT}/prepare.py --demo --size 24 48 --limit 2 "
                           "--test 1 --workers 1 | true", shell=True, cwd=tmp_path,
                           capture_output=True, text=True)
-    assert done.stderr.endswith("prepare.py: error: [Errno 32] Broken pipe\n")
+    assert "run it again, into a file" in done.stderr
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
