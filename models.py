@@ -1,4 +1,4 @@
-"""The networks of the paper, then its metrics.
+"""The networks of the paper, then the metrics.
 
 Inception V3, psi of the perceptual loss (Eq 5) and the features of FID, is in support/inception.py.
 Images enter a network as float32 in [-1, 1], [N, 3, H, W]; everywhere else they are uint8.
@@ -36,8 +36,8 @@ class ResnetBlock(nn.Module):
 class Refiner(nn.Module):
     """R_theta: a synthetic image to a refined one, [N, 3, H, W] in [-1, 1] to the same.
 
-    Section 5.1: 4x4 filters to 64 maps, 5 ResNet blocks, a 1x1 convolution. No normalisation;
-    tanh at the end as in SimGAN (the paper does not say). 659,331 parameters.
+    Section 5.1: 4x4 filters to 64 maps, 5 ResNet blocks, a 1x1 convolution. The paper names no
+    normalisation, and no end: tanh, the range of images. 659,331 parameters.
     """
 
     def __init__(self, maps=64, blocks=5):
@@ -277,10 +277,10 @@ def window_matrix(n, like):
 
 
 def leave_out(metric, *sets):
-    """metric(*sets) with the i-th group left out of every set at once: float64 [groups]; 20 groups,
-    or as many as the smallest set has elements. Element k of every set is in group k mod groups, so
-    pairs are left out together. The groups are of one size, as FID depends on N; the n mod groups
-    elements beyond them are never left out, and the spread is corrected for that."""
+    """What `jackknife_error` takes: metric(*sets) with one group left out of all sets at once,
+    float64 [groups]; 20 groups, or as many as the smallest set has elements. Element k is in group
+    k mod groups, so pairs are left out together. All groups are of one size, as FID depends on N.
+    Elements beyond them are never left out; the spread is corrected for that."""
     n = min(map(len, sets))
     groups = min(20, n)
     size, values = n // groups, []
@@ -291,7 +291,7 @@ def leave_out(metric, *sets):
             kept.append(x[(k % groups != i) | (k >= groups * size)])
         values.append(metric(*kept))
     values = torch.tensor(values, dtype=torch.float64)
-    # So that jackknife_error of a mean is s / sqrt(n); 1 if the groups hold all.
+    # 1 if the groups hold all; then jackknife_error of a mean is s / sqrt(n), else on average.
     spread = (n - size) / (groups - 1) * (groups / (size * n)) ** 0.5
     return values.mean() + spread * (values - values.mean())
 

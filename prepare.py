@@ -3,7 +3,7 @@
 Reads   GTA-V and Cityscapes in their official folders, any other image (+ label) folders, or
         nothing (--demo draws a toy town).
 Writes  data/{synthetic,real}/{train,test}/images/NAME.png   RGB, all of one size
-        data/{synthetic,real}/{train,test}/labels/NAME.png   palette; index = trainId 0..18, 255
+        data/{synthetic,real}/{train,test}/labels/NAME.png   palette; index = class, 0..18 or 255
         data/prepare.json   the settings, counts, what was skipped
 
     python prepare.py --gta5 ~/gtav --cityscapes ~/cityscapes          the paper's data
@@ -123,7 +123,7 @@ def toy_frames(part, count):
 
 
 def find(domain, args):
-    """Found to train on, and Found to test on, or None where a data set has no test split."""
+    """Two Found: frames to train on, and to test on (None where a data set has no test split)."""
     if args.demo:
         return toy_frames("train", args.limit or 600), toy_frames("test", args.test or 200)
     for raw in filter(None, (args.gta5, args.cityscapes, *(getattr(args, domain) or []))):
@@ -166,7 +166,7 @@ def hold_out(domain, train, test, args, rng):
 def plan(args):
     """Which raw frame goes where: {(domain, split): Part}, and all that was Found."""
     parts, found = {}, Found([], [], Counter())
-    for domain, stream in (("synthetic", 0), ("real", 2)):       # of rng: it decides the split
+    for domain, stream in (("synthetic", 0), ("real", 2)):       # two seeds for two splits
         rng = np.random.default_rng([args.seed, stream])
         train, test = find(domain, args)
         for some in filter(None, (train, test)):

@@ -10,7 +10,7 @@ Writes  runs/METHOD/pretrain.pt   both networks, both optimisers, the random sta
         runs/METHOD/pretrain.png  synthetic / R(synthetic) / |difference|
 
     python pretrain.py                       ours, the paper's 1200 + 400 steps
-    python pretrain.py --method simgan       the baseline
+    python pretrain.py --method simgan       the comparison
     python pretrain.py --resume              go on after a stop, with the same flags
 
 A step of R takes half as long as one of train_gan.py.

@@ -3,7 +3,8 @@
 Reads   a checkpoint of stage 2 or 3, data/synthetic/{train,test}/{images,labels}, or --images
 Writes  data/METHOD/{train,test}/{images,labels}: the same names, refined images, equal labels
         data/METHOD/refine.json: which checkpoint and step made them, of which images
-        with --images: a PNG for every picture, of its own size, under the same name below --out
+        with --images: a PNG for every picture, of its own size, under the same name below --out,
+        and refine.json
 
     python refine.py                            runs/ours/average.pt -> data/ours
     python refine.py --method simgan            runs/simgan/average.pt -> data/simgan
@@ -62,7 +63,7 @@ def refine_domain(R, args, record, device):
     write_json(args.out / "refine.json", {**record, "finished": False})
     for folder in ("train/images", "train/labels", "test/images", "test/labels"):
         shutil.rmtree(args.out / folder, ignore_errors=True)
-        (args.out / folder).mkdir(parents=True)               # or half a domain would seem none
+        (args.out / folder).mkdir(parents=True)               # all at once: half a domain shows
     for split in ("train", "test"):
         count += refine_split(R, args.data / split, args.out / split, device, args.batch_size)
     write_json(args.out / "refine.json", {**record, "finished": True})

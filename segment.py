@@ -1,6 +1,7 @@
 """Stage 6: Tables 3-7. Which images make the better training set for segmentation?
 
-Trains each network on each domain (synthetic, simgan, ours, real and others) and tests it on each.
+Trains each network on each domain (synthetic, simgan, ours, real and others, but pretrained) and
+tests it on each.
 The trainings of a network differ in their data only: same number of images, epochs, learning rate
 and seed, so the same initial weights and the same order.
 
@@ -8,8 +9,8 @@ Reads   data/*/{train,test}/{images,labels}
 Writes  results/segment_NETWORK.md    full matrices of mIoU and pixel accuracy, per-class IoU
         results/segment_NETWORK.json  every confusion matrix, settings, versions
         results/table7.png            what each training set taught, on real test images
-        results/weights/              the trained networks; one whose data and settings are the
-                                      same is kept, another one is trained again
+        results/weights/              the trained networks; loaded, not trained again, while data
+                                      and settings are the same
 
     python segment.py                                both networks
     python segment.py --network unet --seeds 0 1 2   mean and spread over seeds
@@ -200,7 +201,7 @@ def of_seeds(by_seed, row, column, metric):
 
 
 def matrix_table(metric, paper_rows, by_seed, rows, columns):
-    """Trained x tested as Markdown; bold: the paper's cells, paper_rows: {trained on: three}."""
+    """Trained x tested as Markdown; bold: the paper's cells, paper_rows: {trained on: 3 cells}."""
     unit, digits = ("fraction", 3) if metric == "mIoU" else ("%", 1)
     lines = []
     for row in rows:

@@ -12,7 +12,7 @@ Writes  runs/METHOD/average.pt  R averaged over the last steps: what refine.py t
 
     python train_gan.py --alpha 50 --beta 4e-6      the paper's weights, 5000 steps
     python train_gan.py --rec l2                    L_rec by squares, not by L1
-    python train_gan.py --method simgan             the baseline, same losses
+    python train_gan.py --method simgan             the comparison, same losses
     python train_gan.py --resume                    go on after a stop, with the same flags
     python train_gan.py --resume --steps 8000       extend a run of 2000 steps or more
 
@@ -60,7 +60,7 @@ class History:
             self.images[index.to(self.device, non_blocking=True)] = rest
 
     def draw(self, n):
-        """n random images of it, with repetition, uint8 [n, 3, H, W]."""
+        """n random images of it, with replacement, uint8 [n, 3, H, W]."""
         index = torch.randint(len(self.images), (n,), generator=self.random)
         return self.images[index.to(self.device, non_blocking=True)]
 
@@ -147,7 +147,7 @@ def refine(R, x):
 @torch.no_grad()
 def update_average(average, R, n):
     """Move `average` towards R by 1/n. With n = 1, 2, ... N, N, ... it is the mean of all steps at
-    first, then a running one over about the last N (Yazici et al. 2019)."""
+    first, then an exponential moving average over about N (Yazici et al. 2019)."""
     for mean, weight in zip(average.parameters(), R.parameters()):
         mean.lerp_(weight, 1 / n)
 
@@ -156,7 +156,8 @@ def update_average(average, R, n):
 
 
 def train(R, D, synthetic, real, pairs, args, device, settings, saved):
-    """Section 3.3. synthetic, real: uint8 [N, 3, H, W]; returns the log's rows and the BestStep."""
+    """Section 3.3. synthetic, real, and both of pairs (for pictures and SSIM): uint8 [N, 3, H, W].
+    Returns the log's rows and the BestStep."""
     n = args.batch_size
     optimizer_R = make_optimizer("sgd", R.parameters(), args.lr)        # "an SGD step"
     optimizer_D = make_optimizer(args.d_optimizer, D.parameters(), args.d_lr)
@@ -266,7 +267,7 @@ def load_checkpoints(args):
     if method != args.method:
         raise UserError(f"{args.run / 'pretrain.pt'}: is of --method {method}, not {args.method}; "
                         "give that one, or another --run")
-    # Another --steps is allowed if it changes no look for the best step so far (see `train`).
+    # Another --steps may not change the warm-up, nor the steps that were looked at (see `train`).
     if saved:
         old = int(saved["settings"]["steps"])
         same_looks = old >= 2 * WARM_UP and old % args.sample_every == 0
@@ -292,7 +293,7 @@ def main():
     announce("train_gan.py", device, args.seed, f"{args.data}/ and {args.run}/pretrain.pt",
              f"{args.run}/", precision_note(device, args.precision))
 
-    # 2. The images.
+    # 2. The images, and all that decides the run.
     check_domains(args.data, ["synthetic", "real"], ["train", "test"])
     synthetic, real, pairs = load_data(args.data)
     lock(args.run)

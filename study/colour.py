@@ -26,7 +26,7 @@ def statistics(images):
     shares, values = counts / images[:, 0].numel(), to_float(torch.arange(256))
     mean = shares @ values
     variance = (shares * (values - mean[:, None]).square()).sum(1)
-    return mean.view(3, 1, 1), variance.sqrt().clamp(min=1e-6).view(3, 1, 1)   # 0: all are alike
+    return mean.view(3, 1, 1), variance.sqrt().clamp(min=1e-6).view(3, 1, 1)   # no division by 0
 
 
 def arguments():

@@ -13,7 +13,7 @@ Writes  runs/study/NAME/seedN/{data,runs,results}/   large; laid out as a user's
     python -m study.report paper-size
 
 The same command goes on after a stop: a finished step is not run again, unless its folder has been
-deleted; other flags of a training want another NAME. --seeds or --rows does a part of the study;
+deleted; other flags of a training want another NAME. --seeds does a part of the study;
 two commands with other --seeds can run side by side once the data is prepared; a machine that gets
 the record of another one adds its own seeds to it. Street frames may not be passed on, so they stay
 below --base.

@@ -1,4 +1,4 @@
-"""What every script needs and no paper speaks of: one-line errors, flags, whole writes, locks."""
+"""What every script needs and no paper speaks of: one-line errors, flags, atomic writes, locks."""
 import argparse
 import json
 import os

@@ -66,7 +66,7 @@ class Images:
     def split(self, n):
         """Like a tensor's: uint8 [n, 3, H, W] and so on, in order."""
         for i in range(0, len(self), n):
-            first = self.files[0]                             # all are of its size
+            first = self.files[0]                             # another size is refused
             yield read_stack([first, *self.files[i:i + n]], "RGB")[1:]
 
 

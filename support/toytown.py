@@ -4,7 +4,7 @@
 light, colour, texture, haze and noise, not in what the town is made of: a straight street in
 one-point perspective, with 15 of the 19 classes of Cityscapes: no lorries, no two-wheelers.
   1. `plan_town` puts objects along a random street;
-  2. a `Canvas` with a random camera paints them from far to near, at three times the size, into
+  2. a `Canvas` with a random camera paints them strip by strip, at three times the size, into
      four layers with the same outlines: colour, label, light (1 = in the sun) and depth;
   3. `shrink` brings the layers to the final size;
   4. `shade_game` or `shade_real` makes the final picture of them.
@@ -356,7 +356,7 @@ def plan_town(rng, street):
         things += plan_lots(rng, street["front"][side], side) + plan_pavement(rng, street, side)
     things += [(10, FAR, tree, (x, FAR, rng.uniform(2.5, 4.5))) for x in range(-42, 43, 6)]
     # Along one line of sight, what is farther away is also farther to the side.  So the street is
-    # painted in strips, from the houses (9) to the lanes (1), and each strip from far to near.
+    # painted in strips, from distant trees (10) to the lanes (1), each strip from far to near.
     return sorted(things, key=lambda thing: (-thing[0], -thing[1]))
 
 

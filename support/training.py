@@ -16,7 +16,7 @@ from support.cli import UserError, add_seed_flag, path_of, positive, progress, w
 
 def pick_device(name, precision="float32"):
     """torch.device for `--device`: "auto" takes cuda, then mps, then cpu. Prepares it for
-    `--precision`: every one but float32 lets a GPU round a convolution's factors to 10 bits."""
+    `--precision`: all but float32 let a GPU convolve in TF32, with factors of 10 bits."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else (
             "mps" if torch.backends.mps.is_available() else "cpu")
@@ -27,7 +27,7 @@ def pick_device(name, precision="float32"):
     except Exception as error:                       # another kind for every device
         raise UserError(f"--device {name}: cannot be used ({str(error).splitlines()[0][:80]}); "
                         "use --device cpu, cuda, cuda:1 or mps") from None
-    torch.backends.cudnn.allow_tf32 = precision != "float32"     # not of SSIM's matrix products
+    torch.backends.cudnn.allow_tf32 = precision != "float32"     # SSIM's matrix products: never
     return device
 
 
@@ -108,7 +108,7 @@ class Batches:
         self.random, self.device = torch.Generator().manual_seed(seed), device
 
     def draw(self, images, n):
-        """n random images of uint8 [N, 3, H, W], with repetition."""
+        """n random images of uint8 [N, 3, H, W], with replacement."""
         index = torch.randint(len(images), (n,), generator=self.random)
         return to_float(images[index.to(images.device, non_blocking=True)].to(self.device))
 

@@ -1,4 +1,4 @@
-"""The paper a second time: no command line, no saving, no speed. What the stages must compute.
+"""The paper's algorithms, no command line, no saving, no speed: what the stages must compute.
 
 Read `pretrain`, `train` and `train_unet`. x is synthetic, y real; R refines, D tells refined from
 real. Images are uint8 [N, 3, H, W], labels uint8 [N, H, W]; networks take floats in [-1, 1].
@@ -57,7 +57,7 @@ def pretrain(synthetic, real, seed=0, method="ours", layer="Conv2d_4a_3x3", step
     """R learns to change nothing, D to tell x from y. Returns R, D and the log."""
     psi = None
     if method == "ours":
-        psi = load_inception("random", layer, real, seed)    # by default "imagenet", a download
+        psi = load_inception("random", layer, real, seed)    # pretrain.py's default: imagenet
     torch.manual_seed(seed)
     R = Refiner().to(memory_format=LAYOUT)
     D = Discriminator(final_relu, d_stride).to(memory_format=LAYOUT)
