@@ -195,7 +195,7 @@ def flat_like(real):
 def main():
     args = arguments()
     device = pick_device(args.device)
-    announce("evaluate.py", device, args.seed, f"{args.data}/*", f"{args.out}/table2.*")
+    announce(device, args.seed, f"{args.data}/*", f"{args.out}/table2.*")
 
     # 1. Which images: the same number of every domain, and of real ones that are their partners.
     images, partners = choose(args.data, find_domains(args.data), args)

@@ -24,7 +24,7 @@ from PIL import Image
 from support import toytown
 from support.cli import (UserError, add_seed_flag, cpus, lock, parser, path_of, positive,
                          read_record, start, write_json, write_png)
-from support.images import read_stack, sha256_of
+from support.images import read_png, read_stack, sha256_of
 from support.raw import (IGNORE, UNREADABLE, Found, Frame, by_ending, check_labels,
                          check_settings, find_cityscapes, find_folder, find_gta5, own_table,
                          palette_of, read_classes, read_label, read_rgb, usable)
@@ -93,9 +93,9 @@ def check_domains(folder, domains, splits):
     """UserError unless these domains below `folder` can be compared: images of one size, and every
     refined domain made of its source as it is now."""
     folders = [folder / domain / split for domain in domains for split in splits]
-    wanted = read_stack(files_of(folders[0])[:1], "RGB").shape[2:]
+    wanted = read_png(files_of(folders[0])[0], "RGB").shape[1:]
     for here in folders:
-        size = read_stack(files_of(here)[:1], "RGB").shape[2:]
+        size = read_png(files_of(here)[0], "RGB").shape[1:]
         if size != wanted:
             raise UserError("{}: images are {} x {}, those of {} are {} x {}; prepare both with "
                             "one --size".format(here, *size, folders[0], *wanted))
@@ -126,8 +126,9 @@ def find(domain, args):
     """Two Found: frames to train on, and to test on (None where a data set has no test split)."""
     if args.demo:
         return toy_frames("train", args.limit or 600), toy_frames("test", args.test or 200)
-    for raw in filter(None, (args.gta5, args.cityscapes, *(getattr(args, domain) or []))):
-        if raw.resolve() in (args.out.resolve(), *args.out.resolve().parents):
+    folders = getattr(args, domain) or []
+    for raw in filter(None, (args.gta5, args.cityscapes, *folders)):
+        if args.out.resolve().is_relative_to(raw.resolve()):
             raise UserError(f"--out {args.out} lies in {raw}, which is read; choose another --out")
     if domain == "synthetic" and args.gta5:
         return find_gta5(args.gta5, args.label_ids), None
@@ -136,7 +137,6 @@ def find(domain, args):
         if not (args.cityscapes / "leftImg8bit" / "val").is_dir():
             return train, None
         return train, find_cityscapes(args.cityscapes, "val", args.label_ids)
-    folders = getattr(args, domain)
     if not folders:
         raise UserError(f"nothing for the {domain} domain: give --gta5 and --cityscapes, "
                         "--synthetic and --real, or --demo")

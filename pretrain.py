@@ -126,8 +126,8 @@ def arguments():
 def main():
     args = arguments()
     device = pick_device(args.device, args.precision)
-    saved = saved_run(args.run / "pretrain.pt", "pretrain", args)
-    announce("pretrain.py", device, args.seed, f"{args.data}/", f"{args.run}/pretrain.*",
+    saved_run(args.run / "pretrain.pt", "pretrain", args)      # its UserError, now
+    announce(device, args.seed, f"{args.data}/", f"{args.run}/pretrain.*",
              precision_note(device, args.precision))
 
     # 1. The images.

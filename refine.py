@@ -152,11 +152,11 @@ def check_out(args, record):
     if out.exists() and any(p.name not in own for p in out.iterdir()) and not made.is_file():
         raise UserError(f"{args.out}: is there already and was not made by refine.py; choose "
                         "another --out")
-    if source.resolve() in (out, *out.parents):
+    if out.is_relative_to(source.resolve()):
         raise UserError(f"--out {args.out} lies in {'--images' if args.images else '--data'} "
                         "itself; choose another --out")
-    old, keys = read_record(made) or record, ["images", "sha256", "size"]
-    for key in keys if args.images else ["images"]:
+    old = read_record(made) or record
+    for key in ["images", "sha256", "size"] if args.images else ["images"]:
         if old.get(key) != record.get(key):
             raise UserError(f"{args.out}: was made with {key} = {old.get(key)}, not "
                             f"{record.get(key)}; choose another --out")
@@ -179,7 +179,7 @@ def main():
     else:        # links not resolved: check_domains looks beside --out for a folder of this name
         record["source"] = os.path.abspath(args.data)
     check_out(args, record)
-    announce("refine.py", device, args.seed, f"{args.checkpoint} (step {state['step']}) and "
+    announce(device, args.seed, f"{args.checkpoint} (step {state['step']}) and "
              f"{args.images or args.data}", f"{args.out}/")
 
     # 3. Refine.

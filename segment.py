@@ -342,9 +342,8 @@ def load_domains(args):
 def main():
     args = arguments()
     device = pick_device(args.device, args.precision)
-    announce("segment.py", device, f"{args.seed} (of the trainings: {args.seeds})",
-             f"{args.data}/*", f"{args.out}/segment_*, table7",
-             precision_note(device, args.precision))
+    announce(device, f"{args.seed} (of the trainings: {args.seeds})", f"{args.data}/*",
+             f"{args.out}/segment_*, table7", precision_note(device, args.precision))
 
     # 1. The domains, the same number of training images of each.
     said = provenance(args, device)

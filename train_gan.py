@@ -290,7 +290,7 @@ def main():
 
     # 1. The checkpoint of pre-training and, to --resume, that of this script.
     saved, pretrained = load_checkpoints(args)
-    announce("train_gan.py", device, args.seed, f"{args.data}/ and {args.run}/pretrain.pt",
+    announce(device, args.seed, f"{args.data}/ and {args.run}/pretrain.pt",
              f"{args.run}/", precision_note(device, args.precision))
 
     # 2. The images, and all that decides the run.
@@ -304,10 +304,10 @@ def main():
         print(f"warning: {args.run / 'pretrain.pt'} has learned from other images than these; if "
               "that is not meant, run pretrain.py --overwrite")
 
-    # 3. Both networks, pre-trained, or as they were when the run stopped.
-    state, path = saved or pretrained, args.run / ("last.pt" if saved else "pretrain.pt")
-    R = place(rebuild(Refiner, state, "refiner", path), device)
-    D = place(rebuild(Discriminator, state, "discriminator", path), device)
+    # 3. Both networks, pre-trained; `train` brings those of a stopped run to where they were.
+    path = args.run / "pretrain.pt"
+    R = place(rebuild(Refiner, pretrained, "refiner", path), device)
+    D = place(rebuild(Discriminator, pretrained, "discriminator", path), device)
 
     # 4. Train them against each other.
     if not saved:                                             # the pictures of a run to --overwrite

@@ -216,7 +216,7 @@ def draw_raw(folder):
 # -------------------------------------------------------------------------- the sections
 
 
-def bench_prepare(table, args):
+def bench_prepare(table):
     """prepare.py on full-size PNGs, through its command line, on two cores and on one."""
     with tempfile.TemporaryDirectory() as folder:
         draw_raw(Path(folder) / "raw")
@@ -260,13 +260,13 @@ def bench_networks(table, args):
     table.compare("training step of U-Net", unet, step, "a GAN step", n)
     table.compare("training step of DeepLabV3+", segment_step(DeepLabV3Plus(), size, n, device),
                   unet, "U-Net's", n)
-    some, net = images(16, size, device), place(Refiner(), device)
+    some = images(16, size, device)
     plain, pool3 = plain_refiner().to(device), load_inception("random", "pool3", some.cpu())
     with torch.no_grad():
-        table.compare("refine", lambda: to_uint8(net(to_float(some))),
+        table.compare("refine", lambda: to_uint8(R(to_float(some))),
                       lambda: to_uint8(plain(to_float(some))), "padding='same', channels first", 16)
         table.compare("Inception features", lambda: inception_features(pool3, some, device),
-                      lambda: to_uint8(net(to_float(some))), "refine", 16)
+                      lambda: to_uint8(R(to_float(some))), "refine", 16)
 
 
 def bench_metrics(table, args):
@@ -305,10 +305,10 @@ def arguments():
 def main():
     args = arguments()
     device = pick_device(args.device)
-    announce("study.bench", device, args.seed, "nothing", args.out or "nothing")
+    announce(device, args.seed, "nothing", args.out or "nothing")
     table = Table(device, args.repeats)
     if device.type == "cpu":                                  # a GPU has no part in it
-        bench_prepare(table, args)
+        bench_prepare(table)
     for section in (bench_gan, bench_networks, bench_metrics):
         section(table, args)
     if args.out:

@@ -60,7 +60,7 @@ CHECKPOINTS = {"pretrain.py": "pretrain.pt", "train_gan.py": "last.pt"}    # to 
 def training(stage, name, seed, folder, args):
     """The command of a training of a row; stage: "pretrain" or "gan"."""
     script = {"pretrain": "pretrain.py", "gan": "train_gan.py"}[stage]
-    inception = ["--inception", str(args.inception)] if stage == "pretrain" else []
+    inception = ["--inception", args.inception] if stage == "pretrain" else []
     return [script, "--method", ROWS[name].get("method", "ours"), "--data", f"{folder}/data",
             "--run", f"{folder}/runs/{name}", "--seed", str(seed), "--precision", args.precision,
             *inception, *getattr(args, stage), *shlex.split(ROWS[name].get(stage, ""))]
@@ -137,7 +137,7 @@ def run_seed(seed, history, args):
     flags = {key: shlex.join(getattr(args, key)) for key in ("prepare", "pretrain", "gan")}
     write_json(folder / "settings.json", {**flags, "precision": args.precision})
     evaluate = ["evaluate.py", "--data", f"{folder}/data", "--out", f"{folder}/results",
-                "--inception", str(args.inception)]
+                "--inception", args.inception]
     once("evaluate", evaluate, "\n".join([*made, shlex.join(evaluate)]))
     write_record(args)
     for network, epochs, rows, flags in segmentations(args):

@@ -120,8 +120,8 @@ def positive(kind):
 
 def progress(iterable=None, **options):
     """tqdm with a rate and the time left; in a log file, a line every 20 seconds at most."""
-    slow = {} if sys.stderr.isatty() else {"mininterval": 20}
-    BARS.append(tqdm(iterable, dynamic_ncols=True, **slow, **options))
+    pause = 0.1 if sys.stderr.isatty() else 20
+    BARS.append(tqdm(iterable, dynamic_ncols=True, mininterval=pause, **options))
     return BARS[-1]
 
 
@@ -214,12 +214,12 @@ def name_of(device):
     return f"{device} ({name})"
 
 
-def announce(script, device, seed, reads, writes, note=""):
+def announce(device, seed, reads, writes, note=""):
     """The first line of a script: device, versions, what it reads, what it writes, a note."""
     import torch
     versions = f"torch {torch.__version__}, torchvision {version('torchvision')}"
-    print(f"{script}: {name_of(device)}, {versions}, seed {seed}; reads {reads}; writes "
-          f"{writes}{note}", flush=True)
+    print(f"{Path(sys.argv[0]).name}: {name_of(device)}, {versions}, seed {seed}; reads {reads}; "
+          f"writes {writes}{note}", flush=True)
 
 
 def provenance(args, device):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from support.cli import UserError, progress, read_record
 
@@ -16,7 +16,6 @@ NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}       # Pillow know
 ENDINGS = {ending for ending, name in Image.registered_extensions().items()
            if name in Image.OPEN and name not in NO_PICTURES}
 LOSSLESS = {"BMP", "PNG", "TIFF"}          # pixel values come back as saved; GIF numbers them anew
-ORIENTATION = 0x0112                                               # EXIF: how a camera was held
 # What Pillow raises at a file that it cannot read.
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, IndexError, struct.error,
               Image.DecompressionBombError)
@@ -201,7 +200,7 @@ def read_rgb(path, labelled=False):
             raise ValueError(f"image mode {image.mode}, wanted 8-bit RGB")
         if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
             raise ValueError("it has transparent pixels, wanted an opaque image")
-        turned = image.getexif().get(ORIENTATION) in range(2, 9)
+        turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
         if labelled and turned:
             raise ValueError("EXIF turns it, but not its label; turn both and save them anew")
         image.info.pop("exif", None)       # is read; Pillow writes it anew, and fails at odd tags

@@ -241,9 +241,9 @@ class Training:
     def save(self, finished):
         """Write the log as a table, then everything into one checkpoint, each one whole."""
         lines = [",".join(["step", *self.columns])]
-        for i, row in enumerate(self.rows):
+        for step, row in enumerate(self.rows, 1):
             values = [v if isinstance(v, str) else f"{v:.6g}" for v in row.values()]
-            lines.append(",".join([str(i + 1), *values]))
+            lines.append(",".join([str(step), *values]))
         write_text(self.csv, "\n".join(lines) + "\n")
         state = {}
         for name, part in self.parts.items():
@@ -266,7 +266,7 @@ class Training:
             self.step += 1
             yield self.step
             bar.update()
-            save = bool(self.step % save_every == 0 or self.step == total or stop)
+            save = self.step % save_every == 0 or self.step == total or stop
             # To read at every step would be to wait for a GPU at every step.
             if save or time.perf_counter() > self.clock + 1:
                 self.read()
