@@ -126,7 +126,6 @@ MISTAKES = [
     ("pretrain.py --device cuda:99", "--device cuda:99:"),
     ("pretrain.py --device meta", "--device meta: (no network runs"),
     ("refine.py --checkpoint old.pt --data good/real --out new", "old.pt refiner train"),
-    ("refine.py --checkpoint pretrain.pt --data nowhere --out new", "nowhere prepare.py"),
     ("refine.py --checkpoint pretrain.pt --data empty --out empty", "--out empty lies in --data"),
     ("refine.py --images ok", "--images --out"),
     ("refine.py --checkpoint pretrain.pt --images none --out x", "none: no picture there"),
@@ -137,7 +136,7 @@ MISTAKES = [
     ("refine.py --checkpoint pretrain.pt --images ok --out x --size 3 9", "--size 4 x 4"),
     ("refine.py --checkpoint pretrain.pt --images ok --out x --size 9 4097", "--size 4096"),
     ("refine.py --checkpoint pretrain.pt --size 9 9 --out x", "--size goes with --images"),
-    ("refine.py --checkpoint pretrain.pt --data trains --out new", "trains/test/images prepare.py"),
+    ("refine.py --checkpoint pretrain.pt --data lone/real --out x", "real/test/images prepare.py"),
     ("refine.py --checkpoint segment.pt --out new", "segment.pt: average, segment; train_gan.py"),
     ("pretrain.py --data good --inception nowhere.pt", "--inception nowhere.pt"),
     ("pretrain.py --data good --inception random --layer fc",
@@ -145,7 +144,7 @@ MISTAKES = [
     ("pretrain.py --layer pool3", "--layer pool3: Mixed_7c"),
     ("pretrain.py --data good --inception random --layer Mixed_6a", "--layer Mixed_6a: too small"),
     ("evaluate.py --data good --n 2 --inception random", "--n 2 least"),
-    ("evaluate.py --data good --n 9 --inception random", "--n 9 has 5"),
+    ("evaluate.py --data shapes --n 9 --inception random", "--n 9 has 4"),
     *[(f"evaluate.py --data {data} --n 4 --inception random", "--n 4 has 3")
       for data in ("bare", "values")],
     ("evaluate.py --data single --inception random", "single/ours: file names"),
@@ -158,7 +157,8 @@ MISTAKES = [
     ("segment.py --data bare", "bare/real/test: has no labels;"),
     ("segment.py --data values", "values/real/test/labels: values 18 255"),
     ("segment.py --data shapes", "shapes/real/test/labels: images' size"),
-    ("segment.py --lr inf", "--lr above 0"),
+    ("segment.py --epoch 3", "unrecognized --epoch"),
+    ("segment.py --data lone", "lone: needs real/"),
     ("segment.py --data good --backbone-weights none.pt", "--backbone-weights none.pt"),
     ("study.run tiny", "--prepare"),
     ("study.run tiny --prepare \"--gta5 john's\"", "--prepare: john's"),
@@ -196,7 +196,7 @@ def empty(tmp_path_factory):
     for source, target in (("good/real", "good/synthetic"), ("good/real", "single/synthetic"),
                            ("single/real", "single/ours"),
                            *[("good", c) for c in ("bare", "floor", "tested", "values", "shapes")],
-                           ("good/real/train", "trains/train"),
+                           ("good/real/train", "lone/real/train"),
                            ("sizes/synthetic/train", "floor/real/train"),
                            ("sizes/synthetic/test", "tested/real/test")):
         shutil.copytree(cwd / source, cwd / target, dirs_exist_ok=True)
@@ -206,7 +206,8 @@ def empty(tmp_path_factory):
             save_pair(cwd / folder / "real/test", i, np.zeros((24, 48, 3), np.uint8),
                       np.full(size, value, np.uint8))
     for file in (*cwd.glob("bare/real/test/images/[34].png"),
-                 *cwd.glob("values/real/train/*/[34].png")):
+                 *cwd.glob("values/real/train/*/[34].png"),
+                 *cwd.glob("shapes/synthetic/test/*/4.png")):
         file.unlink()
     for folder in ("ok", "twice", "mixed", "cs/leftImg8bit/ulm", "cs/gtFine/ulm"):
         fill(cwd / folder, 4)
@@ -255,7 +256,7 @@ def test_every_flag_refuses_what_is_no_choice_or_number(script, monkeypatch, cap
             continue
         assert action.choices or kind, flag
         zero = getattr(kind, "__name__", "").startswith("positive")     # of which there is none
-        for value in ["x", "-1", "0"][:3 if zero else 2]:
+        for value in ["x", "-1", "inf", "0"][:4 if zero else 3]:
             with pytest.raises(SystemExit) as error:
                 parser.parse_args([flag, *[value] * (action.nargs if action.nargs == 2 else 1)])
             assert error.value.code == 2 and f"argument {flag}: " in capsys.readouterr().err

@@ -1,4 +1,5 @@
 """What train_gan.py leaves behind, refuses and says; what it computes: test_algorithm.py."""
+from functools import partial
 from math import nan
 from types import SimpleNamespace
 
@@ -35,33 +36,34 @@ def test_there_is_no_gan_pt_without_a_best_step(tmp_path):
     assert best.step == 5
 
 
-def test_a_short_run_is_averaged_over_less(monkeypatch):
-    """Not over its first steps, in which R leaps."""
-    args = parsed(monkeypatch, "train_gan", ["--steps", "120", "--alpha", "0"])
-    assert args.average == 24 and train_gan.WARM_UP == 1000
+def test_pretraining_says_what_its_last_50_steps_were(tmp_path, capsys):
+    rows = [*[{"mean_change": 9}] * 4, *[{"mean_change": 0.25}] * 50,
+            *[{"loss": 9, "accuracy": 9}] * 4, *[{"loss": 1, "accuracy": 0.5}] * 50]
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    pretrain.summarise(tmp_path / "x.png", Refiner(maps=2), images, rows, SimpleNamespace(steps=54))
+    out = capsys.readouterr().out
+    assert "= 0.250 " in out and "loss 1.000 " in out and "accuracy 0.50\n" in out
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh, monkeypatch):
-    out, _ = call("train_gan.py", "--steps", 3, *GAN, cwd=fresh)
+    run = partial(call, "train_gan.py", "--steps", 3, *GAN, cwd=fresh)
+
+    def refused(*flags, **how):
+        return run(*flags, status=2, **how)[1]
+    out, _ = run()
     assert "best step by the paper's rule: 3 of 3" in out
     before = {p: p.read_bytes() for p in fresh.glob("runs/ours/*.pt*")}
-    _, err = call("train_gan.py", "--steps", 3, *GAN, cwd=fresh, status=2)
-    assert "--resume" in err and "--overwrite" in err
-    _, err = call("train_gan.py", "--steps", 3, *GAN, "--alpha", 1, "--resume", cwd=fresh,
-                  status=2)
-    assert "alpha" in err and "50" in err
+    assert "--resume goes on with that run, --overwrite starts" in refused()
+    assert "was run with alpha = 50.0, not 1.0" in refused("--alpha", 1, "--resume")
     for name in ("average.pt", "log.csv"):                      # made again by the next line
         (fresh / "runs/ours" / name).unlink()
-    call("train_gan.py", "--steps", 3, *GAN, "--alpha", 50, "--resume", "--overwrite", "--device",
-         "cpu", cwd=fresh)                                      # --resume comes first
+    run("--alpha", 50, "--resume", "--overwrite", "--device", "cpu")    # --resume comes first
     after = {p: p.read_bytes() for p in fresh.glob("runs/ours/*.pt*")}
     assert len(after) == 4 and {p.name for p in after if after[p] != before[p]} <= {"last.pt"}
     assert (fresh / "runs/ours/log.csv").exists()
-    call("train_gan.py", "--steps", 3, *GAN, "--resume", cwd=fresh)
-    _, err = call("train_gan.py", "--steps", 4, *GAN, "--resume", cwd=fresh, status=2)
-    assert "was run with steps = 3, not 4" in err               # too short to go further
-    _, err = call("train_gan.py", "--steps", 3, *GAN, "--overwrite", cwd=fresh, status=2,
-                  megabytes=0.5)
+    run("--resume")
+    assert "was run with steps = 3, not 4" in refused("--steps", 4, "--resume")     # too short
+    err = refused("--overwrite", megabytes=0.5)
     assert "average.pt: cannot be written, is the disk full?" in err
     assert {p: p.read_bytes() for p in fresh.glob("runs/ours/*.pt*")} == after
     state = torch.load(fresh / "runs/ours/last.pt", weights_only=True)
@@ -71,21 +73,21 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh, monkeypatch
         "images", "pretrain", "discriminator"}
     del state["settings"]["rec"]                                # of an older version
     torch.save(state, fresh / "runs/ours/last.pt")
-    _, err = call("train_gan.py", "--steps", 3, *GAN, "--resume", cwd=fresh, status=2)
-    assert "last.pt: was run with rec = None, not l1" in err
+    assert "last.pt: was run with rec = None, not l1" in refused("--resume")
     torch.save({**state, "log": [[1.0] * 9]}, fresh / "runs/ours/last.pt")
-    _, err = call("train_gan.py", "--steps", 3, *GAN, "--resume", cwd=fresh, status=2)
-    assert "last.pt: was saved by an older version" in err
-    out, _ = call("train_gan.py", "--steps", 1, *GAN, "--overwrite", "--precision", "bfloat16",
-                  cwd=fresh)
+    assert "last.pt: was saved by an older version" in refused("--resume")
+    out, _ = run("--steps", 1, "--overwrite", "--precision", "bfloat16")
     assert "writes runs/ours/; --precision bfloat16 is " in out
     assert torch.load(fresh / "runs/ours/last.pt", weights_only=True)["log"][0]["loss_adv"] != first
     assert [p.name for p in (fresh / "runs/ours/samples").iterdir()] == ["step_000001.png"]
     assert "other images" not in out
     images = sorted((fresh / "data/real/train/images").iterdir())
     images[1].write_bytes(images[0].read_bytes())
-    out, _ = call("train_gan.py", "--steps", 1, *GAN, "--overwrite", cwd=fresh)
+    out, _ = run("--steps", 1, "--overwrite")
     assert "pretrain.pt has learned from other images than these" in out
+    # A short run is averaged over a fifth, not over its first steps, in which R leaps.
+    assert parsed(monkeypatch, "train_gan", ["--steps", "120"]).average == 24
+    assert train_gan.WARM_UP == 1000
 
 
 @pytest.mark.parametrize("module, flags, path", [

@@ -6,14 +6,12 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, Command, call, content, noise, run_here
+from conftest import Command, call, content, noise, run_here
 
 import prepare
 import refine
@@ -136,16 +134,12 @@ def test_what_is_made_anew_is_unfinished_until_then(fresh, monkeypatch, module, 
 
 def test_ctrl_c_in_prepare_is_one_line(tmp_path):
     """While its threads draw."""
-    with open(tmp_path / "err", "w") as err:
-        process = subprocess.Popen(
-            [sys.executable, ROOT / "prepare.py", "--demo", "--size", "400", "800", "--test", "5",
-             "--limit", "1", "--workers", "3"], cwd=tmp_path, stderr=err,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's & ignores
-        while len(list(tmp_path.glob("data/synthetic/test/images/*.png"))) < 4:
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+    process = Command("prepare.py", "--demo", "--size", 400, 800, "--test", 5, "--limit", 1,
+                      "--workers", 3, cwd=tmp_path)
+    process.wait_for(lambda: len([*tmp_path.glob("data/synthetic/test/images/*.png")]) >= 4)
+    os.kill(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
-    said = (tmp_path / "err").read_text()
+    said = process.read("stderr")
     assert "Traceback" not in said and said.endswith("prepare.py: stopped; run it again\n")
 
 
@@ -216,7 +210,8 @@ def test_a_trained_network_is_not_trained_again_but_a_changed_one_is(fresh):
     assert run("--random-crops")[0] == 0
     crops = weights_of("real")[1]["weights"]
     assert not torch.equal(crops["head.bias"], whole["weights"]["head.bias"])
-    assert ", random crops, seeds 0\n" in (fresh / "results/segment_unet.md").read_text()
+    text = (fresh / "results/segment_unet.md").read_text()
+    assert ", random crops, seeds 0\n" in text and "\nOne seed: nothing here says" in text
     noise(0, (24, 48)).save(next((fresh / "data/real/train/images").iterdir()))
     assert run("--random-crops")[0] == 1
     one, two, *_ = (fresh / "data/synthetic/train/labels").iterdir()
@@ -260,31 +255,29 @@ def test_a_finished_run_goes_further_as_if_it_had_been_asked_for(fresh, monkeypa
     """Where the best step is looked for from the same step on: checkpoints, log and Figure 1
     are those of the longer run. It does not go back."""
     monkeypatch.setattr(train_gan, "WARM_UP", 2)
-    flags = ["--batch-size", 2, "--sample-every", 2, "--average", 3, "--steps"]
     shutil.copytree(fresh / "runs/ours", fresh / "runs/parts")
-    run_here(monkeypatch, fresh, "train_gan", [*flags, 10])
-    run_here(monkeypatch, fresh, "train_gan", [*flags, 4, "--run", "runs/parts"])
+
+    def train(steps, *flags):
+        run_here(monkeypatch, fresh, "train_gan", ["--batch-size", 2, "--sample-every", 2,
+                                                   "--average", 3, "--steps", steps, *flags])
+    train(10)
+    parts = "--run", "runs/parts"
+    train(4, *parts)
     capsys.readouterr()
-    run_here(monkeypatch, fresh, "train_gan", [*flags, 10, "--run", "runs/parts", "--resume",
-                                               "--save-every", 3])
+    train(10, *parts, "--resume", "--save-every", 3)
     bar = capsys.readouterr().err                     # in a log: what it begins and ends with
     assert re.findall(r"(\d+)/10 \[", bar) == ["4", "10"] and ", loss_adv=0." in bar
     assert same_runs(fresh / "runs/ours", fresh / "runs/parts")
-    run_here(monkeypatch, fresh, "train_gan", [*flags, 5, "--run", "runs/parts", "--overwrite"])
+    train(5, *parts, "--overwrite")
     with pytest.raises(UserError, match="was run with steps = 5, not 10"):     # 10 looks not at 5
-        run_here(monkeypatch, fresh, "train_gan", [*flags, 10, "--run", "runs/parts", "--resume"])
-    with pytest.raises(UserError, match="was run with steps = 10, not 9"):
-        run_here(monkeypatch, fresh, "train_gan", [*flags, 9, "--resume"])
+        train(10, *parts, "--resume")
     state = load_checkpoint(fresh / "runs/ours/last.pt", ["gan"], "")
-    torch.save({**state, "step": 2}, fresh / "runs/ours/last.pt")      # not as far yet
-    with pytest.raises(UserError, match="was run with steps = 10, not 3"):
-        run_here(monkeypatch, fresh, "train_gan", [*flags, 3, "--resume"])
-    torch.save({**state, "step": 7}, fresh / "runs/ours/last.pt")      # nobody looked at 7
-    with pytest.raises(UserError, match="was run with steps = 10, not 7"):
-        run_here(monkeypatch, fresh, "train_gan", [*flags, 7, "--resume"])
-    monkeypatch.setattr(train_gan, "WARM_UP", 6)      # of 10 steps: 5, so it looked at the sixth
-    with pytest.raises(UserError, match="was run with steps = 10, not 20"):
-        run_here(monkeypatch, fresh, "train_gan", [*flags, 20, "--resume"])
+    # Back; not as far yet; nobody looked at 7; WARM_UP is 5 of 10 steps, so it looked at the sixth.
+    for step, steps, warm_up in ((10, 9, 2), (2, 3, 2), (7, 7, 2), (7, 20, 6)):
+        torch.save({**state, "step": step}, fresh / "runs/ours/last.pt")
+        monkeypatch.setattr(train_gan, "WARM_UP", warm_up)
+        with pytest.raises(UserError, match=f"was run with steps = 10, not {steps}"):
+            train(steps, "--resume")
 
 
 # ------------------------------------------------------------------- losses that are no numbers

@@ -17,17 +17,7 @@ from models import (DeepLabV3Plus, Discriminator, Refiner, inception_features, l
                     resize_299)
 from support import training
 from support.cli import UserError
-from support.training import autocast, make_optimizer, to_float, to_uint8
-
-
-# ------------------------------------------------------------------------------- networks
-
-
-def test_to_uint8_clips_and_computes_in_float32():
-    """Clipped, not wrapped. That it rounds and is the inverse of to_float: test_algorithm.py."""
-    assert to_uint8(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
-    x = to_float(torch.arange(256)).bfloat16()
-    assert torch.equal(to_uint8(x), to_uint8(x.float()))
+from support.training import autocast, keep_on, make_optimizer, to_float, to_uint8
 
 
 # ------------------------------------------------------------------------------- Inception
@@ -171,6 +161,17 @@ def test_what_a_precision_changes():
     with autocast(torch.device("cpu"), "bfloat16"):
         before, _ = plain(x), plain.last.bias.data.add_(1)
         assert before.dtype == torch.bfloat16 and not torch.equal(plain(x), before)
+    assert torch.equal(to_uint8(before), to_uint8(before.float()))        # computed in float32
+    assert to_uint8(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]       # clipped, not wrapped
+
+
+def test_what_fills_over_half_of_a_gpu_stays_in_main_memory(monkeypatch):
+    """Both sets, 3 and 2 images of 12 bytes, and a history of 4."""
+    x, y = (torch.zeros(n, 3, 2, 2, dtype=torch.uint8) for n in (3, 2))
+    monkeypatch.setattr(torch.Tensor, "to", lambda _, device: f"on {device}")
+    for free, found in ((216, ("on cuda", "on cuda")), (215, (x, y))):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 999))
+        assert keep_on(torch.device("cuda"), x, y, 4) == found
 
 
 def test_losses_stay_float32():

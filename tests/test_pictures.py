@@ -85,8 +85,9 @@ def test_a_folder_of_pictures(pictures):
         assert words in out
     before = {p: p.stat().st_ctime_ns for p in (pictures / "new").rglob("*.png")}
     (pictures / "new/4.png").unlink()
-    for name, time in (("1", 1e9), ("small", 4e9)):            # others, though older or newer
-        os.utime(pictures / f"own/{name}.png", (time, time))
+    same = (pictures / "own/a b/2.JPG").stat().st_mtime + 1.9  # as FAT may round it
+    for name, time in (("1.png", 1e9), ("small.png", 4e9), ("a b/2.JPG", same)):   # older, newer
+        os.utime(pictures / "own" / name, (time, time))
     call(*command, cwd=pictures)
     after = {p: p.stat().st_ctime_ns for p in (pictures / "new").rglob("*.png")}
     assert {p.name for p in before if after[p] != before[p]} == {"1.png", "4.png", "small.png"}
@@ -120,6 +121,11 @@ def test_one_picture_and_the_size_of_training(pictures):
 
 
 # ---------------------------------------------------------------------------- sets of any number
+
+
+def test_refining_a_domain_keeps_no_graph(tmp_path):
+    fill(tmp_path / "images", 3)
+    assert refine.refine_split(wild_refiner(), tmp_path, tmp_path / "new", "cpu", 2) == 3
 
 
 def test_reading_a_set_takes_no_more_memory_than_it_has(tmp_path):

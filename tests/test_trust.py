@@ -312,7 +312,7 @@ def test_labels_among_the_images_are_none_of_them(tmp_path):
 
 def test_classes_of_ones_own_from_end_to_end(tmp_path):
     """Names in the tables, networks of three classes, no number of the paper."""
-    (tmp_path / "classes.txt").write_text("ground\nobstacle\nsky\n")
+    (tmp_path / "classes.txt").write_text("\ufeffground\nobstacle\nsky\n", encoding="utf-8")
     command = ["prepare.py", *labelled(tmp_path, lambda ids, rng: Image.fromarray(
         np.uint8([0, 1, 2, 255])[ids % 4])), "--real", "images", "labels", "--classes",
         "classes.txt"]
@@ -331,7 +331,8 @@ def test_classes_of_ones_own_from_end_to_end(tmp_path):
     with Image.open(tmp_path / "results/table7.png") as image:        # 2 rows, 2 x (1 image + 2)
         assert image.height == 8 * (3 * 24 + 4)
     for content in (b"ground\nground\n", "Straße\nKöln\n".encode("latin-1"), b"\nground\nsky\n",
-                    b"# of ours\nground\nsky\n"):
+                    b"# of ours\nground\nsky\n", b"ground\n",
+                    "\n".join(map(str, range(255))).encode()):
         (tmp_path / "classes.txt").write_bytes(content)
         _, err = call(*command, "--out", "b", cwd=tmp_path, status=2)
         assert "classes.txt: wanted 2 to 254 different names" in err
@@ -444,20 +445,17 @@ def test_every_stage_that_writes_keeps_out_of_a_locked_folder(fresh, folder, com
     assert sorted(fresh.rglob("*")) == before
 
 
-@pytest.mark.parametrize("error, words", [
-    (MemoryError(), ["--batch-size", "--size"]),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), ["--batch-size"]),
-    (RuntimeError("MPS backend out of memory"), ["--batch-size"]),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-     ["--batch-size"]),
-    (ZeroDivisionError("a mistake of ours keeps its traceback"), None)])
-def test_what_a_user_can_mend_is_one_line(error, words, capsys):
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("MPS backend out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ZeroDivisionError("a mistake of ours keeps its traceback")])
+def test_memory_that_does_not_suffice_is_one_line(error, capsys):
     def main():
         raise error
-    with pytest.raises(SystemExit if words else ZeroDivisionError) as stop:
+    ours = isinstance(error, ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError if ours else SystemExit) as stop:
         cli.start(main)
-    if words:
+    if not ours:
         assert stop.value.code == 2
-        err = capsys.readouterr().err
-        assert ": error: " in err and err.count("\n") == 1
-        assert all(word in err for word in words), err
+        assert re.search(r"^.*: error: .*--batch-size.* --size.*\n$", capsys.readouterr().err)
