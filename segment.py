@@ -107,10 +107,10 @@ def train(net, images, labels, args, device, title):
     for _ in progress(range(args.epochs), desc=title, unit="epoch"):
         for index in torch.randperm(len(images))[:used].split(batch):
             index = index.to(images.device, non_blocking=True)
-            x, y = images[index].to(device), labels[index].to(device).long()
-            mirror = (torch.rand(batch) < 0.5).to(device, non_blocking=True)
-            x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
-            y = torch.where(mirror[:, None, None], y.flip(-1), y)
+            x, y = images[index], labels[index]
+            mirror = (torch.rand(batch) < 0.5).to(images.device, non_blocking=True)
+            x = torch.where(mirror[:, None, None, None], x.flip(-1), x).to(device)
+            y = torch.where(mirror[:, None, None], y.flip(-1), y).to(device).long()
             if args.random_crops:
                 x, y = random_crops(x, y)
             with autocast(device, args.precision):

@@ -153,7 +153,7 @@ def gan_step(size, n, device, precision="float32"):
     average = copy.deepcopy(R)
 
     def step():
-        pick_device(device.type, precision)               # a flag of PyTorch, for all steps alike
+        pick_device(str(device), precision)               # a flag of PyTorch, for all steps alike
         with autocast(device, precision):
             for _ in range(2):
                 train_gan.update_R(R, D, optimizer_R, to_float(data), 50, 4e-6, 512)

@@ -16,7 +16,7 @@ from support.cli import UserError, add_seed_flag, path_of, positive, progress, w
 
 def pick_device(name, precision="float32"):
     """torch.device for `--device`: "auto" takes cuda, then mps, then cpu. Prepares it for
-    `--precision`: all but float32 let a GPU convolve in TF32, with factors of 10 bits."""
+    `--precision tf32`: convolutions whose factors a GPU rounds to 10 bits."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else (
             "mps" if torch.backends.mps.is_available() else "cpu")
@@ -27,7 +27,7 @@ def pick_device(name, precision="float32"):
     except Exception as error:                       # another kind for every device
         raise UserError(f"--device {name}: cannot be used ({str(error).splitlines()[0][:80]}); "
                         "use --device cpu, cuda, cuda:1 or mps") from None
-    torch.backends.cudnn.allow_tf32 = precision != "float32"     # SSIM's matrix products: never
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"     # SSIM's matrix products: never
     return device
 
 
@@ -42,7 +42,7 @@ def precision_note(device, precision):
         seconds.append(min(repeat(lambda: torch.conv2d(x, weight), number=1, repeat=4)))
     gain = seconds[0] / seconds[1]
     said = precision == "bfloat16" or gain > 1.3
-    return f"; --precision bfloat16 is {gain:.2f} times as fast here as float32" if said else ""
+    return f"; --precision bfloat16 convolves {gain:.2f} times as fast here" if said else ""
 
 
 def autocast(device, precision):
@@ -184,7 +184,7 @@ def saved_run(path, stage, args):
 
 def stop_requests():
     """A list that becomes non-empty on the first Ctrl-C, SIGTERM, SIGHUP (the terminal was closed)
-    or SIGUSR1 (a batch system); a second one of the same kind stops at once.
+    or SIGUSR1 (a batch system); a second one of the same kind, but SIGHUP, stops at once.
 
     A loop looks at it after a whole step, so what it then saves is a state it can resume from.
     """
@@ -192,8 +192,9 @@ def stop_requests():
 
     def note(signum, _):
         requests.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-        if signum == getattr(signal, "SIGHUP", None):             # there is nobody to write to
+        hangup = signum == getattr(signal, "SIGHUP", None)        # bash and the system each send it
+        signal.signal(signum, signal.SIG_IGN if hangup else signal.SIG_DFL)
+        if hangup:                                                # there is nobody to write to
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")

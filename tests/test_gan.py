@@ -77,7 +77,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(fresh, monkeypatch
     torch.save({**state, "log": [[1.0] * 9]}, fresh / "runs/ours/last.pt")
     assert "last.pt: was saved by an older version" in refused("--resume")
     out, _ = run("--steps", 1, "--overwrite", "--precision", "bfloat16")
-    assert "writes runs/ours/; --precision bfloat16 is " in out
+    assert "writes runs/ours/; --precision bfloat16 convolves " in out
     assert torch.load(fresh / "runs/ours/last.pt", weights_only=True)["log"][0]["loss_adv"] != first
     assert [p.name for p in (fresh / "runs/ours/samples").iterdir()] == ["step_000001.png"]
     assert "other images" not in out

@@ -208,4 +208,4 @@ def test_the_speed_of_bfloat16_is_said(seconds, asked, said, monkeypatch):
     monkeypatch.setattr(training, "repeat", lambda convolve, **_: times[convolve().dtype])
     assert training.precision_note(torch.device("cuda"), asked) == ""
     note = training.precision_note(torch.device("cpu"), asked)
-    assert note == (said and f"; --precision bfloat16 is {said} times as fast here as float32")
+    assert note == (said and f"; --precision bfloat16 convolves {said} times as fast here")
