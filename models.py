@@ -277,19 +277,16 @@ def window_matrix(n, like):
 
 
 def leave_out(metric, *sets):
-    """What `jackknife_error` takes: metric(*sets) with one group left out of all sets at once,
-    float64 [groups]; 20 groups, or as many as the smallest set has elements. Element k is in group
-    k mod groups, so pairs are left out together. All groups are of one size, as FID depends on N.
-    Elements beyond them are never left out; the spread is corrected for that."""
-    n = min(map(len, sets))
+    """What `jackknife_error` takes: metric(*sets), of sets of one length, with one group left out
+    of all sets at once, float64 [groups]; 20 groups, or as many as a set has elements. Element k is
+    in group k mod groups, so pairs are left out together. All groups are of one size, as FID
+    depends on N. Elements beyond them are never left out; the spread is corrected for that."""
+    n = len(sets[0])
     groups = min(20, n)
-    size, values = n // groups, []
+    size, k, values = n // groups, torch.arange(n), []
     for i in range(groups):
-        kept = []
-        for x in sets:
-            k = torch.arange(len(x))
-            kept.append(x[(k % groups != i) | (k >= groups * size)])
-        values.append(metric(*kept))
+        kept = (k % groups != i) | (k >= groups * size)
+        values.append(metric(*[x[kept] for x in sets]))
     values = torch.tensor(values, dtype=torch.float64)
     # 1 if the groups hold all; then jackknife_error of a mean is s / sqrt(n), else on average.
     spread = (n - size) / (groups - 1) * (groups / (size * n)) ** 0.5

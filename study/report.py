@@ -31,7 +31,7 @@ CLAIMS = [("L_rec by L1 is better than by squares", "ours", "squares"),
           ("ours is better than SimGAN: the perceptual pre-training helps", "ours", "simgan"),
           ("ours is better than matched colours: it takes a GAN", "ours", "colour"),
           ("matched colours are better than synthetic images as they are", "colour", "synthetic")]
-NOTE = ("± is the standard deviation over the seeds, [ ] a 95 % interval of their mean (Student's "
+NOTE = ("± is the standard deviation over the n seeds, [ ] a 95 % interval of their mean (Student's "
         "t); differences are paired by seed. Each interval stands alone: of twenty, one misses by "
         "chance. A score without ± is of one seed, its differences are to the same seed.")
 
@@ -41,9 +41,8 @@ NOTE = ("± is the standard deviation over the seeds, [ ] a 95 % interval of the
 
 def mean_and_half(values):
     """The mean, and half of its 95 % interval, t sd / sqrt(n); None of one value: it says none."""
-    if len(values) < 2:
-        return np.mean(values), None
-    return np.mean(values), stdtrit(len(values) - 1, 0.975) * sem(values)
+    half = stdtrit(len(values) - 1, 0.975) * sem(values) if len(values) > 1 else None
+    return np.mean(values), half
 
 
 def with_interval(values, digits, sign=""):
@@ -146,15 +145,15 @@ def counted(right, cases, of_what):
 
 def said(values, digits, least=0):
     """Whether the mean of these numbers of seeds is above `least`, or why they cannot tell, and
-    their interval; "" if there are none."""
+    their interval and number; "" if there are none."""
     if not values:
         return ""
     mean, half = mean_and_half(values)
     word = "holds" if mean > least else "does not hold"
     if half is None or abs(mean - least) <= half:
-        word = "one seed" if half is None else "cannot tell"
+        word = "cannot tell"
     paper = f" (paper: {least:+.{digits}f})" if least else ""
-    return f"{word}: {with_interval(values, digits, '+')}{paper}"
+    return f"{word}: {with_interval(values, digits, '+')}, n = {len(values)}{paper}"
 
 
 def papers_gap(network, metric):

@@ -107,11 +107,11 @@ def test_kid_equals_the_direct_sum():
 
 
 def test_leave_out_leaves_out_one_group_of_every_set():
-    """Element k is in group k mod 3, in both sets; 20 groups, or as many as there are elements, and
-    every time as many are left."""
-    a, b = torch.arange(7.0), torch.arange(3.0) * 10
-    seen = leave_out(lambda x, y: (x.sum() + y.sum()).item(), a, b)
-    assert seen.tolist() == pytest.approx([51 - 0 - 0, 51 - 1 - 10, 51 - 2 - 20])   # 3 to 6: in all
+    """Element k is in group k mod 20, in both sets; 20 groups, or as many as there are elements,
+    and every time as many are left."""
+    a = torch.arange(40.0)
+    seen = leave_out(lambda x, y: (x.sum() + y.sum()).item(), a, 10 * a)
+    assert seen.tolist() == pytest.approx([8580 - 11 * (2 * i + 20) for i in range(20)])
     for n, left in ((50, 48), (39, 38), (60, 57), (3, 2)):
         assert leave_out(len, torch.zeros(n)).tolist() == [left] * min(20, n)
 
