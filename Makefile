@@ -12,6 +12,7 @@ PY := .venv/bin/python
 
 test: .venv/installed                     # in two halves, side by side
 	@log=$$(mktemp); $(PY) -m pytest -q tests/test_[k-z]*.py > $$log 2>&1 & other=$$!; \
+	trap "kill $$other" INT TERM HUP; \
 	$(PY) -m pytest -q tests/test_[a-j]*.py; status=$$?; \
 	wait $$other || status=1; cat $$log; rm $$log; exit $$status
 

@@ -151,8 +151,9 @@ def find_domains(folder):
     found = sorted(p.parent.name for p in folder.glob("[!.]*/test") if p.parent.name != "real")
     if not found:
         raise UserError(f"{folder}: no domain folder with test/ in it; run prepare.py first")
-    for missing in [d for d in PAPER if d not in found]:
-        print(f"missing: {folder / missing}/ (left out; prepare.py or refine.py makes it)")
+    trained = {p.parent.name for p in folder.glob("[!.]*/train")} - {"real"}
+    for missing in sorted({*PAPER, *trained} - {*found}):
+        print(f"missing: {folder / missing}/test (left out; prepare.py or refine.py makes it)")
     domains = [d for d in PAPER if d in found] + [d for d in found if d not in PAPER]
     check_domains(folder, [*domains, "real"], ["test"])
     check_domains(folder, ["real"], ["test", "train"])        # the floor's are of train/

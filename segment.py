@@ -301,8 +301,9 @@ def find_domains(args):
     if "real" not in found or len(found) < 2:
         raise UserError(f"{args.data}: needs real/ and at least one of synthetic, simgan, ours; "
                         "run prepare.py and refine.py first")
-    for missing in [d for d in paper if d not in found]:
-        print(f"missing: {args.data / missing}/ (left out; prepare.py or refine.py makes it)")
+    tested = {p.parent.name for p in args.data.glob("[!.]*/test")} - {"pretrained"}
+    for missing in sorted({*paper, *tested} - found):
+        print(f"missing: {args.data / missing}/train (left out; prepare.py or refine.py makes it)")
     for d in args.train or []:
         if d not in found:
             raise UserError(f"--train {d}: not one of {', '.join(sorted(found))} in {args.data}")

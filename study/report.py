@@ -31,9 +31,10 @@ CLAIMS = [("L_rec by L1 is better than by squares", "ours", "squares"),
           ("ours is better than SimGAN: the perceptual pre-training helps", "ours", "simgan"),
           ("ours is better than matched colours: it takes a GAN", "ours", "colour"),
           ("matched colours are better than synthetic images as they are", "colour", "synthetic")]
-NOTE = ("± is the standard deviation over the n seeds, [ ] a 95 % interval of their mean (Student's "
-        "t); differences are paired by seed. Each interval stands alone: of twenty, one misses by "
-        "chance. A score without ± is of one seed, its differences are to the same seed.")
+NOTE = ("± is the standard deviation over the n seeds, [ ] a 95 % interval of their mean "
+        "(Student's t); differences are paired by seed. Each interval stands alone: of twenty, "
+        "one misses by chance. A score without ± is of one seed, its differences are to the same "
+        "seed.")
 
 
 # ----------------------------------------------------------------- numbers over the seeds

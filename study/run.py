@@ -101,8 +101,16 @@ def run(command):
         command = [str(ROOT / command[0]), *command[1:]]
     print(f"\n$ python {shlex.join(command)}", flush=True)
     child = subprocess.Popen([sys.executable, *command])      # run() would kill it at a Ctrl-C
-    signal.signal(signal.SIGTERM, lambda *_: child.terminate())       # a training saves, and ends
-    if child.wait():
+    stopped = []
+
+    def stop(*_):                                             # a training saves, and ends
+        stopped.append(True)
+        child.terminate()
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    failed = child.wait()
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+    if failed or stopped:
         raise UserError("the study stopped (see above); the same command goes on")
 
 
@@ -113,6 +121,7 @@ def once(step, command, history):
     stamp, checkpoint = folder / f".{step}", CHECKPOINTS.get(command[0])
     if stamp.is_file() and stamp.read_text(encoding="utf-8", errors="surrogateescape") == history:
         return
+    stamp.unlink(missing_ok=True)                             # if this stops, the old one is untrue
     run(command + ["--resume"] if checkpoint and (folder / checkpoint).exists() else command)
     write_text(stamp, history)
 
@@ -157,7 +166,8 @@ def numbers_of_seed(folder):
     all scores are made; and how it was run."""
     table2 = read_json(folder / "results/table2.json")
     segment = []
-    for path in sorted(folder.glob("results/*-epochs*/segment_*.json")):
+    made = [*folder.glob("results/*-epochs/*.json"), *folder.glob("results/*-epochs--*/*.json")]
+    for path in sorted(made):                                 # no 30-epochs-old
         found = read_json(path)
         (tested,) = found["confusion"].values()               # of one seed
         segment.append({"network": found["network"], "epochs": found["epochs"],

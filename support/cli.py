@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ def start(main):
             raise                                    # a mistake of ours: the traceback
         status, line = 2, f"error: {error}"
     except KeyboardInterrupt as stop:                # with a text: a training that has saved
+        signal.signal(signal.SIGINT, signal.SIG_IGN)          # typed twice: the line is printed
         status = 130
         line = f"stopped {stop}; --resume goes on" if str(stop) else "stopped; run it again"
         print(file=sys.stderr)                       # below its ^C

@@ -184,7 +184,8 @@ def saved_run(path, stage, args):
 
 def stop_requests():
     """A list that becomes non-empty on the first Ctrl-C, SIGTERM, SIGHUP (the terminal was closed)
-    or SIGUSR1 (a batch system); a second one of the same kind, but SIGHUP, stops at once.
+    or SIGUSR1 (a batch system). A second Ctrl-C stops at once; the others may well come twice, to
+    a whole group and from a parent, and are ignored then.
 
     A loop looks at it after a whole step, so what it then saves is a state it can resume from.
     """
@@ -192,12 +193,12 @@ def stop_requests():
 
     def note(signum, _):
         requests.append(signum)
-        hangup = signum == getattr(signal, "SIGHUP", None)        # bash and the system each send it
-        signal.signal(signum, signal.SIG_IGN if hangup else signal.SIG_DFL)
-        if hangup:                                                # there is nobody to write to
+        signal.signal(signum, signal.SIG_DFL if signum == signal.SIGINT else signal.SIG_IGN)
+        try:
+            os.write(2, b"\nstopping after this step; a second Ctrl-C stops without saving\n")
+        except OSError:                   # the terminal was closed, or a `| tee` has ended as well
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         signum = getattr(signal, name, None)                      # Windows has two of them
         if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup
@@ -266,7 +267,8 @@ class Training:
         while self.step < total:
             self.step += 1
             yield self.step
-            bar.update()
+            if not stop:                              # else nobody may read it any more
+                bar.update()
             save = self.step % save_every == 0 or self.step == total or stop
             # To read at every step would be to wait for a GPU at every step.
             if save or time.perf_counter() > self.clock + 1:

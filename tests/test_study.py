@@ -16,7 +16,7 @@ import study.run as run
 from prepare import load_images
 from study import colour, demo, report
 from support import figures
-from support.cli import UserError, write_json
+from support.cli import UserError, write_json, write_text
 from support.training import to_float
 
 README = ROOT / "study/README.md"
@@ -166,8 +166,11 @@ def test_what_is_finished_is_not_run_again(study, monkeypatch):
 
 def test_a_command_that_fails_is_not_taken_as_done(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    write_text(Path("a/.failed"), "an older history")          # what is half made is not of it
     with pytest.raises(UserError, match="the same command goes on"):
         run.once("failed", ["prepare.py", "--test", "0", "--out", "a"], "")
+    assert [*Path("a").iterdir()] == []
+    Path("a").rmdir()
     for _ in range(2):                                          # of a path that is no UTF-8
         run.once("done", ["-m", "support.cli", "--out", "b"], "\udce9")
         monkeypatch.setattr(run, "run", pytest.fail)
@@ -180,10 +183,13 @@ def test_sigterm_reaches_the_training(monkeypatch):
     ended, child = [], SimpleNamespace(terminate=lambda: ended.append(True))
     child.wait = lambda: signal.raise_signal(signal.SIGTERM) or ended
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: child)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(UserError, match="the same command goes on"):
-        run.run(["train_gan.py"])
-    signal.signal(signal.SIGTERM, before)
+    before = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
+    for signum, status in ((signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGINT, 130)):
+        child.wait = lambda: signal.raise_signal(signum) or status      # 0: it had ended already
+        with pytest.raises(UserError, match="the same command goes on"):
+            run.run(["train_gan.py"])
+    assert len(ended) == 3
+    assert before == [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
 
 
 def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch, capsys):
@@ -196,9 +202,15 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch, capsy
             assert record["seeds"]["0"]["table2"] and not record["seeds"]["0"]["segment"]
         if command[0] == "-m":
             command = [command[1].replace(".", "/") + ".py", *command[2:]]
+        there, missing = {"evaluate.py": ("train", "test")}.get(command[0], ("test", "train"))
+        half = tmp_path / "runs/study/my study/seed0/data/half"
+        if command[0] in ("evaluate.py", "segment.py"):
+            (half / there).mkdir(parents=True)
         out, _ = call(*command, cwd=tmp_path)
-        if command[0] == "evaluate.py":
-            assert "missing: runs/study/my study/seed0/data/simgan/ (left out" in out
+        if half.exists():
+            shutil.rmtree(half)
+            for name in ("simgan", "half"):
+                assert f"missing: runs/study/my study/seed0/data/{name}/{missing} (left" in out
 
     (tmp_path / "my raw data").symlink_to(raw)
     asked, flags = [], shlex.split(
@@ -235,6 +247,7 @@ def test_a_study_from_raw_images_to_its_record(raw, tmp_path, monkeypatch, capsy
     for copy in ("seed7", "seed0-old"):                         # the second is no seed
         shutil.copytree(args.base / "seed0/results", args.base / copy / "results")
     write_json(args.base / "seed7/settings.json", other["settings"])
+    shutil.copytree(args.base / "seed0/results/1-epochs", args.base / "seed0/results/1-epochs-old")
     run.write_record(args)
     record = json.loads((tmp_path / "my study.json").read_text())
     assert record["seeds"] == {"0": numbers, "7": other, "10": other}

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -443,6 +444,18 @@ def test_every_stage_that_writes_keeps_out_of_a_locked_folder(fresh, folder, com
     _, err = call(*command, cwd=fresh, status=2)
     assert f"error: {folder}: another process" in err
     assert sorted(fresh.rglob("*")) == before
+
+
+def test_ctrl_c_typed_twice_is_one_line(monkeypatch, capsys):
+    def main():
+        raise KeyboardInterrupt
+    bar = SimpleNamespace(close=lambda: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(cli, "BARS", [bar])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        cli.start(main)
+    signal.signal(signal.SIGINT, before)
+    assert stop.value.code == 130 and ": stopped; run it again\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [
