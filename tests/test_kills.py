@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,19 +171,23 @@ def test_a_training_that_is_asked_to_stop_saves(fresh, signum):
     assert not torch.load(last, weights_only=True)["finished"]
 
 
-def test_a_stop_that_nobody_reads_of_is_one(monkeypatch):
-    """The terminal was closed, or the Ctrl-C has ended `| tee log` as well."""
+def test_a_stop_that_nobody_reads_of_is_one(tmp_path, monkeypatch):
+    """The terminal was closed, or the Ctrl-C has ended `| tee log` as well: it saves."""
     taken, silenced = {}, []
 
     def fail(*_):
         raise BrokenPipeError
+    bar = SimpleNamespace(update=fail, set_postfix=lambda *_, **__: None)
+    monkeypatch.setattr(training, "progress", lambda **_: bar)
     monkeypatch.setattr(signal, "signal", taken.setdefault)
-    requests = training.stop_requests()
     monkeypatch.setattr(os, "write", fail)
     monkeypatch.setattr(os, "dup2", lambda _, stream: silenced.append(stream))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    taken[signal.SIGINT](signal.SIGINT, None)
-    assert requests == [signal.SIGINT] and silenced == [1, 2]
+    run = training.Training(tmp_path / "last.pt", "gan", tmp_path / "log.csv", {}, ["loss"], None)
+    with pytest.raises(KeyboardInterrupt, match="at step 1 of 9, saved in "):
+        for _ in run.steps(9, 9):
+            taken[signal.SIGTERM](signal.SIGTERM, None)
+            run.log({"loss": 1.0})
+    assert silenced == [1, 2] and (tmp_path / "last.pt").exists()
 
 
 def test_nohup_is_obeyed(monkeypatch):
