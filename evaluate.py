@@ -115,7 +115,7 @@ def tables(record):
     return "\n".join([
         markdown_table(["images vs real", *columns, "paper FID", "paper SSIM"], rows), "",
         f"N = {record['n']} images on both sides of every row; ± is one standard error "
-        "(jackknife; of FID too large at small N) over these. FID's bias is not in it, nor what "
+        "(jackknife; FID's is too large at small N) over these. FID's bias is not in it, nor what "
         "another seed of R would change.", "",
         markdown_table(["difference", *columns], differences), "",
         "Paired: the same real images and, where both have them, the same scenes. In brackets: "

@@ -277,8 +277,8 @@ def window_matrix(n, like):
 
 
 def leave_out(metric, *sets):
-    """What `jackknife_error` takes: metric(*sets), of sets of one length, with one group left out
-    of all sets at once, float64 [groups]; 20 groups, or as many as a set has elements. Element k is
+    """metric(*sets), of sets of one length, for `jackknife_error`: with one group left out of all
+    sets at once, float64 [groups]; 20 groups, or as many as a set has elements. Element k is
     in group k mod groups, so pairs are left out together. All groups are of one size, as FID
     depends on N. Elements beyond them are never left out; the spread is corrected for that."""
     n = len(sets[0])

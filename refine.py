@@ -63,7 +63,7 @@ def refine_domain(R, args, record, device):
     write_json(args.out / "refine.json", {**record, "finished": False})
     for folder in ("train/images", "train/labels", "test/images", "test/labels"):
         shutil.rmtree(args.out / folder, ignore_errors=True)
-        (args.out / folder).mkdir(parents=True)               # all at once: half a domain shows
+        (args.out / folder).mkdir(parents=True)               # all at once: half is seen as such
     for split in ("train", "test"):
         count += refine_split(R, args.data / split, args.out / split, device, args.batch_size)
     write_json(args.out / "refine.json", {**record, "finished": True})

@@ -1,9 +1,8 @@
 """Stage 6: Tables 3-7. Which images make the better training set for segmentation?
 
-Trains each network on each domain (synthetic, simgan, ours, real and others, but pretrained) and
-tests it on each.
-The trainings of a network differ in their data only: same number of images, epochs, learning rate
-and seed, so the same initial weights and the same order.
+Trains each network on each domain (synthetic, simgan, ours, real, others; not pretrained) and tests
+it on each. The trainings of a network differ in their data only: same number of images, epochs,
+learning rate and seed, so the same initial weights and the same order.
 
 Reads   data/*/{train,test}/{images,labels}
 Writes  results/segment_NETWORK.md    full matrices of mIoU and pixel accuracy, per-class IoU

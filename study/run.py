@@ -100,12 +100,13 @@ def run(command):
     if command[0] != "-m":
         command = [str(ROOT / command[0]), *command[1:]]
     print(f"\n$ python {shlex.join(command)}", flush=True)
-    child = subprocess.Popen([sys.executable, *command])      # run() would kill it at a Ctrl-C
+    child = subprocess.Popen([sys.executable, *command])      # run() would not wait for it
     stopped = []
 
-    def stop(*_):                                             # a training saves, and ends
-        stopped.append(True)
-        child.terminate()
+    def stop(signum, _):                                      # a training saves, and ends
+        stopped.append(signum)
+        if signum == signal.SIGTERM:                          # Ctrl-C reaches it without us
+            child.terminate()
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     failed = child.wait()
     for signum, handler in before.items():

@@ -190,6 +190,23 @@ def test_a_stop_that_nobody_reads_of_is_one(tmp_path, monkeypatch):
     assert silenced == [1, 2] and (tmp_path / "last.pt").exists()
 
 
+@pytest.mark.parametrize("at", range(8))
+def test_a_stop_between_any_two_lines_saves_every_row(tmp_path, monkeypatch, at):
+    class Requests(list):                                      # a signal before the next look
+        looks = 0
+
+        def __len__(self):
+            self.looks += 1
+            return self.looks > at
+    monkeypatch.setattr(training, "stop_requests", Requests)
+    run = training.Training(tmp_path / "last.pt", "gan", tmp_path / "log.csv", {}, ["loss"], None)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in run.steps(99, 99):
+            run.log({"loss": 1.0})
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert len(state["log"]) == state["step"]
+
+
 def test_nohup_is_obeyed(monkeypatch):
     """A signal that was ignored when the training began stays ignored."""
     taken, ignored = [], {signal.SIGHUP: signal.SIG_IGN}
