@@ -164,8 +164,10 @@ def test_what_is_finished_is_not_run_again(study, monkeypatch):
     assert run_seed(study, 0, "prepared anew")[0][:2] == ["-m", "study.colour"]
 
 
-def test_a_command_that_fails_is_not_taken_as_done(tmp_path, monkeypatch):
+def test_a_command_that_fails_is_not_taken_as_done(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    run.run(["prepare.py", "--help"])
+    assert "/prepare.py --help\n" in capfd.readouterr().out
     write_text(Path("a/.failed"), "an older history")          # what is half made is not of it
     with pytest.raises(UserError, match="the same command goes on"):
         run.once("failed", ["prepare.py", "--test", "0", "--out", "a"], "")
