@@ -115,8 +115,8 @@ def tables(record):
     return "\n".join([
         markdown_table(["images vs real", *columns, "paper FID", "paper SSIM"], rows), "",
         f"N = {record['n']} images on both sides of every row; ± is one standard error "
-        "(jackknife; FID's is too large at small N) over these. FID's bias is not in it, nor what "
-        "another seed of R would change.", "",
+        "(jackknife) over these. FID's bias is not in it, nor what another seed of R would "
+        "change.", "",
         markdown_table(["difference", *columns], differences), "",
         "Paired: the same real images and, where both have them, the same scenes. In brackets: "
         "0 is in the 95 % interval (which one in 20 misses by chance).", ""])

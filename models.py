@@ -37,7 +37,7 @@ class Refiner(nn.Module):
     """R_theta: a synthetic image to a refined one, [N, 3, H, W] in [-1, 1] to the same.
 
     Section 5.1: 4x4 filters to 64 maps, 5 ResNet blocks, a 1x1 convolution. The paper names no
-    normalisation, and no end: tanh, the range of images. 659,331 parameters.
+    normalisation (none here) and no last activation (tanh here). 659,331 parameters.
     """
 
     def __init__(self, maps=64, blocks=5):

@@ -126,7 +126,7 @@ def arguments():
 def main():
     args = arguments()
     device = pick_device(args.device, args.precision)
-    saved_run(args.run / "pretrain.pt", "pretrain", args)      # its UserError, now
+    saved_run(args.run / "pretrain.pt", "pretrain", args)      # or its UserError
     announce(device, args.seed, f"{args.data}/", f"{args.run}/pretrain.*",
              precision_note(device, args.precision))
 

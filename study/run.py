@@ -100,7 +100,7 @@ def run(command):
     if command[0] != "-m":
         command = [str(ROOT / command[0]), *command[1:]]
     print(f"\n$ python {shlex.join(command)}", flush=True)
-    child = subprocess.Popen([sys.executable, *command])      # run() would not wait for it
+    child = subprocess.Popen([sys.executable, *command])
     stopped = []
 
     def stop(signum, _):                                      # a training saves, and ends
@@ -122,7 +122,7 @@ def once(step, command, history):
     stamp, checkpoint = folder / f".{step}", CHECKPOINTS.get(command[0])
     if stamp.is_file() and stamp.read_text(encoding="utf-8", errors="surrogateescape") == history:
         return
-    stamp.unlink(missing_ok=True)                             # if this stops, the old one is untrue
+    stamp.unlink(missing_ok=True)                             # the old one is not of what comes
     run(command + ["--resume"] if checkpoint and (folder / checkpoint).exists() else command)
     write_text(stamp, history)
 

@@ -269,7 +269,7 @@ class Training:
             yield self.step
             if not stop:                              # else nobody may read it any more
                 bar.update()
-            save = bool(self.step % save_every == 0 or self.step == total or stop)    # as of now
+            save = bool(self.step % save_every == 0 or self.step == total or stop)  # stop may grow
             # To read at every step would be to wait for a GPU at every step.
             if save or time.perf_counter() > self.clock + 1:
                 self.read()
